@@ -1,0 +1,73 @@
+# make demo    train networks on real images with fused activations; tables and pictures
+# make test    all that needs no GPU: tests, interpreter, both compilers, lint
+# make gpu     where a GPU and torch are: tests and comparisons, raw results into RESULTS=folder
+# make lint    ruff and clang-format
+# make bench   the comparison scripts, on whatever is here
+
+SHELL := /bin/bash
+PYTHON ?= python3
+RESULTS ?= benchmarks/results/gpu
+VENV := .venv
+RUN := $(VENV)/bin/python
+# A release by number: torch without one may be newer than what was tested.
+TORCH ?= torch==2.13.0
+# The instruction counts are gated on this compiler; others run for correctness.
+TRITON ?= triton==3.7.1
+CSRC := $(wildcard csrc/*)
+
+.PHONY: demo test gpu lint bench clean
+
+demo: $(VENV)/demo
+	$(RUN) -m benchmarks.demo
+
+test: $(VENV)/test fused_act/_C.abi3.so
+	@status=0; \
+	$(MAKE) --no-print-directory lint || status=1; \
+	$(RUN) -m pytest || status=1; \
+	TRITON_INTERPRET=1 $(RUN) -m pytest tests/test_kernels.py -m "not gpu" || status=1; \
+	if [ $$status = 0 ]; then echo "make test: everything that needs no GPU passed"; \
+	else echo "make test: FAILED, see above"; fi; exit $$status
+
+lint: $(VENV)/test
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(VENV)/bin/clang-format --dry-run --Werror csrc/* tests/*.cpp
+
+bench: $(VENV)/demo
+	$(RUN) -m benchmarks.compare_speed
+	$(RUN) -m benchmarks.compare_memory
+	$(RUN) -m benchmarks.compare_accuracy
+
+# Installs nothing: it takes the torch of PYTHON and builds the extension in place.
+gpu:
+	$(PYTHON) setup.py -q build_ext --inplace
+	$(PYTHON) -m pytest -m gpu
+	$(PYTHON) -m benchmarks.compare_speed --results $(RESULTS)
+	$(PYTHON) -m benchmarks.compare_memory --results $(RESULTS)
+	$(PYTHON) -m benchmarks.compare_accuracy --results $(RESULTS)
+	@echo "make gpu: passed; raw results are in $(RESULTS)"
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info fused_act/_C*.so
+
+# One stamp for each set of packages, so that a second run installs nothing.
+$(VENV)/torch:
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install -q "$(TORCH)" "setuptools>=77" wheel
+	@touch $@
+
+$(VENV)/demo: $(VENV)/torch pyproject.toml
+	FUSED_ACT_BUILD_CUDA=0 $(RUN) -m pip install -q --no-build-isolation -e ".[bench]"
+	@# Where a GPU is, its kernels take part.
+	@if nvidia-smi >/dev/null 2>&1; then \
+		$(RUN) -m pip install -q "triton>=3.6" && $(RUN) setup.py -q build_ext --inplace; fi
+	@touch $@
+
+$(VENV)/test: $(VENV)/torch pyproject.toml
+	$(RUN) -m pip install -q "$(TRITON)"
+	FUSED_ACT_BUILD_CUDA=0 $(RUN) -m pip install -q --no-build-isolation -e ".[test,lint]"
+	@touch $@
+
+# Without nvcc this makes no file, says so, and the tests of the extension skip.
+fused_act/_C.abi3.so: $(CSRC) setup.py | $(VENV)/test
+	$(RUN) setup.py -q build_ext --inplace
