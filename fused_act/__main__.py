@@ -1,0 +1,38 @@
+"""`python -m fused_act`: the versions, the GPU, and which backends can run here."""
+
+import importlib.metadata
+import importlib.util
+import platform
+
+import torch
+
+from fused_act import __version__, backends
+
+
+def triton_version() -> str:
+    installed = importlib.util.find_spec("triton") is not None
+    return importlib.metadata.version("triton") if installed else "not installed"
+
+
+def gpu() -> str:
+    if not torch.cuda.is_available():
+        return "none that torch can use"
+    properties = torch.cuda.get_device_properties(0)
+    memory = properties.total_memory / 2**30
+    return f"{properties.name}, sm_{properties.major}{properties.minor}, {memory:.0f} GiB"
+
+
+def main() -> None:
+    print(f"fused_act  {__version__}")
+    print(f"python     {platform.python_version()}")
+    print(f"torch      {torch.__version__} (CUDA {torch.version.cuda or 'not built in'})")
+    print(f"triton     {triton_version()}")
+    print(f"GPU        {gpu()}")
+    print("backends, best first:")
+    for name in backends.NAMES:
+        reason = backends.get(name).unavailable()
+        print(f"  {name:8} {'available' if reason is None else f'not available: {reason}'}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,219 @@
+"""What every activation shares: the `Activation` row, the rule "kernel or torch?", the Functions.
+
+No activation is named here. One call goes `mish(x)` -> `activate(MISH, x)` -> the Function ->
+the kernels of the selected backend; whatever the kernels do not take goes to torch's own op.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.autograd.forward_ad as forward_ad
+from torch import Tensor
+
+from fused_act import backends
+from fused_act.backends import DTYPES, Kernels, eager
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Activation:
+    """One activation, as the generic code sees it.
+
+    Args:
+        name: names the ops (`mish`, `mish_backward`), the Triton pair and the C++ struct.
+        torch_forward: torch's own op, `torch_forward(x, *parameters, inplace) -> y`.
+        torch_backward: its gradient, bit for bit: `torch_backward(grad_output, x, *parameters)`.
+        forward: the formula in torch ops, for fp32 `x`, that `torch.compile` gets to fuse.
+        derivative: likewise, the derivative with respect to `x`.
+        fuses: whether `torch.compile` gets `forward`, for these parameters, rather than
+            `torch_forward`, which Inductor may do as well as can be done.
+        parameters: names of the float parameters that follow `x`.
+        saves_mask: the derivative is 0 or 1 everywhere, so that one bit an element is saved for
+            backward instead of `x`.
+    """
+
+    name: str
+    torch_forward: Callable[..., Tensor]
+    torch_backward: Callable[..., Tensor]
+    forward: Callable[..., Tensor] | None = None
+    derivative: Callable[..., Tensor] | None = None
+    fuses: Callable[..., bool] = lambda *parameters: False
+    parameters: tuple[str, ...] = ()
+    saves_mask: bool = False
+    eager: Kernels = dataclasses.field(init=False)
+    Function: type[torch.autograd.Function] = dataclasses.field(init=False)
+    InplaceFunction: type[torch.autograd.Function] = dataclasses.field(init=False)
+
+    def __post_init__(self):
+        object.__setattr__(self, "eager", eager.kernels(self))
+        object.__setattr__(self, "Function", make_function(self))
+        object.__setattr__(self, "InplaceFunction", make_inplace_function(self))
+
+
+def kernels_for(activation: Activation, x: Tensor) -> Kernels:
+    """The one rule for "kernel or torch?": the kernels that compute `activation` of `x`.
+
+    Under `auto`, plain CUDA tensors of the three dtypes go to the best backend there is and all
+    else goes to torch. A forced backend refuses what it does not take, but for transforms and
+    forward-mode AD, which no kernel knows.
+    """
+    forced = backends.forced
+    if torch.compiler.is_compiling():
+        # Opaque ops end fusion: only who asked for a backend gets them in the graph.
+        if forced is None or torch.compiler.is_exporting():
+            return activation.eager
+        forced.check_input(activation.name, x)
+        return forced.kernels[activation.name]
+    if forced is None:
+        if type(x) not in (Tensor, torch.nn.Parameter) or not x.is_cuda or x.dtype not in DTYPES:
+            return activation.eager
+        # neg and conj views lose their sign in data_ptr(); a sparse CUDA tensor is a plain Tensor.
+        if x.layout is not torch.strided or x.is_neg() or is_transformed():
+            return activation.eager
+        return backends.automatic().kernels[activation.name]
+    if is_transformed():
+        return activation.eager
+    forced.check_input(activation.name, x)
+    return forced.kernels[activation.name]
+
+
+def is_transformed() -> bool:
+    """Whether a functorch transform, forward-mode AD or `torch.jit.trace` is at work."""
+    return (
+        torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+        or torch._C._get_tracing_state() is not None
+    )
+
+
+def activate(activation: Activation, x: Tensor, inplace: bool, *parameters: float) -> Tensor:
+    """Compute `activation` of `x`, recording it for autograd where `x` requires grad."""
+    kernels = kernels_for(activation, x)
+    if kernels is activation.eager and not eager.fuses(activation, x, *parameters):
+        return activation.torch_forward(x, *parameters, inplace=inplace)
+    needs_grad = torch.is_grad_enabled() and x.requires_grad
+    if not inplace:
+        if needs_grad:
+            return activation.Function.apply(x, *parameters)
+        return call(kernels.forward, x, *parameters)
+    if torch.compiler.is_compiling():
+        # Backward needs x as it was; Inductor drops the clone.
+        return x.copy_(activate(activation, x.clone(), False, *parameters))
+    if not needs_grad:
+        call(kernels.forward_out, x, *parameters, out=x)
+        return x
+    # Which leaf or view may be written torch alone knows, and it raises before it writes.
+    if x.is_leaf or x._is_view():
+        return activation.torch_forward(x, *parameters, inplace=True)
+    source = x if activation.saves_mask else x.clone()
+    return activation.InplaceFunction.apply(source, x, *parameters)
+
+
+def make_function(activation: Activation) -> type[torch.autograd.Function]:
+    """The `torch.autograd.Function` of `activation`: `apply(x, *parameters) -> y`."""
+
+    def forward(ctx, x, *parameters):
+        kernels = kernels_for(activation, x)
+        # CUDA's backward runs on engine threads and maybe after `use_backend` has ended.
+        ctx.kernels, ctx.parameters = kernels, parameters
+        if kernels.forward_with_mask is None:
+            ctx.save_for_backward(x)
+            return call(kernels.forward, x, *parameters)
+        y, mask = call(kernels.forward_with_mask, x, *parameters)
+        return save_mask(ctx, y, mask)
+
+    def backward(ctx, grad_output, grad_anchor=None):
+        return (grad_input(activation, ctx, grad_output), *[None] * len(ctx.parameters))
+
+    return function_class(f"{activation.name.title()}Function", forward, backward)
+
+
+def make_inplace_function(activation: Activation) -> type[torch.autograd.Function]:
+    """The in-place Function: `apply(source, x, *parameters)` writes `x`, which is then returned.
+
+    `source` has the values of `x`. It is `x` itself where only a mask is saved, else a clone that
+    keeps its place in the graph, so that a second derivative finds its way.
+    """
+
+    def forward(ctx, source, x, *parameters):
+        kernels = kernels_for(activation, x)
+        ctx.kernels, ctx.parameters = kernels, parameters
+        ctx.mark_dirty(x)
+        if kernels.forward_with_mask_out is None:
+            ctx.save_for_backward(source)
+            call(kernels.forward_out, source, *parameters, out=x)
+            return x
+        return save_mask(ctx, x, call(kernels.forward_with_mask_out, x, *parameters, out=x))
+
+    def backward(ctx, grad_output, grad_anchor=None):
+        return (grad_input(activation, ctx, grad_output), None, *[None] * len(ctx.parameters))
+
+    return function_class(f"{activation.name.title()}InplaceFunction", forward, backward)
+
+
+class FirstOutput(torch.autograd.Function):
+    """A Function whose further outputs are for its own use."""
+
+    @classmethod
+    def apply(cls, *args):
+        outputs = super().apply(*args)
+        return outputs[0] if isinstance(outputs, tuple) else outputs
+
+
+def function_class(name: str, forward, backward) -> type[torch.autograd.Function]:
+    methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
+    return type(FirstOutput)(name, (FirstOutput,), methods | {"__module__": __name__})
+
+
+def save_mask(ctx, y: Tensor, mask: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+    """Save all that backward needs of `y = f(x)` but for a second derivative, which is 0.
+
+    torch returns that 0, where a graph without `x` would say that `x` is not in it. So the node has
+    a second output, empty, that leads a second backward to this node and on to `x`.
+    """
+    ctx.stride = torch.empty_like(y, device="meta").stride()
+    if torch.compiler.is_compiling():
+        ctx.save_for_backward(mask)
+        return y
+    anchor = y.new_empty(0)
+    ctx.shape = y.shape
+    ctx.save_for_backward(mask, anchor)
+    ctx.set_materialize_grads(False)
+    return y, anchor
+
+
+def call(op, *args, **kwargs):
+    """Call an op from within a Function, below Autograd, where raw ops refuse to be differentiated.
+
+    The guard saves 2 us; Dynamo neither knows nor needs it.
+    """
+    if torch.compiler.is_compiling():
+        return op(*args, **kwargs)
+    with torch._C._AutoDispatchBelowAutograd():
+        return op(*args, **kwargs)
+
+
+def grad_input(activation: Activation, ctx, grad_output: Tensor | None) -> Tensor:
+    """The gradient with respect to `x`, itself differentiable under `create_graph=True`."""
+    saved, *anchor = ctx.saved_tensors
+    kernels, parameters = ctx.kernels, ctx.parameters
+    if grad_output is None:  # a second backward came in through the anchor alone
+        return torch.zeros(ctx.shape, dtype=anchor[0].dtype, device=anchor[0].device)
+    differentiable = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    if kernels.forward_with_mask is not None:
+        if differentiable:
+            passes = unpack(saved, grad_output.shape, ctx.stride)
+            return torch.where(passes, grad_output, 0) + anchor[0].sum()
+        return call(kernels.backward, grad_output, saved, *parameters, ctx.stride)
+    if differentiable:
+        y = activation.torch_forward(saved, *parameters, inplace=False)
+        return torch.autograd.grad(y, saved, grad_output, create_graph=True)[0]
+    return call(kernels.backward, grad_output, saved, *parameters)
+
+
+def unpack(mask: Tensor, shape: Sequence[int], stride: Sequence[int]) -> Tensor:
+    """The bits of `mask` as a bool tensor of `shape` and (dense) `stride`."""
+    bits = mask.unsqueeze(1) >> torch.arange(8, dtype=torch.uint8, device=mask.device) & 1
+    return bits.flatten().bool().as_strided(shape, stride)

@@ -1,0 +1,66 @@
+"""ReLU6: y = min(max(x, 0), 6).
+
+Krizhevsky, "Convolutional Deep Belief Networks on CIFAR-10", 2010; Howard et al., "MobileNets",
+2017, arXiv:1704.04861.
+
+The derivative is 0 or 1, so the kernels save one bit an element for backward.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fused_act.activation import Activation, activate
+
+
+def torch_backward(grad_output: Tensor, x: Tensor) -> Tensor:
+    return torch.ops.aten.hardtanh_backward.default(grad_output, x, 0.0, 6.0)
+
+
+RELU6 = Activation(
+    name="relu6",
+    torch_forward=F.relu6,
+    torch_backward=torch_backward,
+    saves_mask=True,
+)
+
+
+def relu6(x: Tensor, inplace: bool = False) -> Tensor:
+    """ReLU6, y = min(max(x, 0), 6), applied to each element (arXiv:1704.04861).
+
+    Args:
+        x: any shape and strides. On a GPU float16, bfloat16 and float32 run fused kernels; all
+            other tensors, and all other devices, get `torch.nn.functional.relu6`.
+        inplace: write the result into `x`.
+
+    Returns:
+        A tensor of the shape, dtype and memory format of `x`; `x` itself if `inplace`.
+
+    Backward saves one bit an element (the kernels, in place too) or `x` (torch). The gradient is 0
+    at exactly 0 and 6; NaN passes it on.
+
+    Raises:
+        RuntimeError: as `torch.nn.functional.relu6`, for dtypes that it does not support and for
+            `inplace` on a leaf that requires grad.
+        TypeError, ValueError: a backend forced by `use_backend` does not take `x`.
+    """
+    if torch.jit.is_scripting():
+        return F.relu6(x, inplace)
+    return activate(RELU6, x, inplace)
+
+
+ReLU6Function = RELU6.Function
+ReLU6Function.__doc__ = """`ReLU6Function.apply(x)`: ReLU6 as a Function. Saves bits."""
+
+
+class ReLU6(torch.nn.ReLU6):
+    """Drop-in for `torch.nn.ReLU6`, computed by `fused_act.relu6`.
+
+    Args:
+        inplace: write the result into the input.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        return relu6(input, self.inplace)

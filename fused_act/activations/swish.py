@@ -1,0 +1,142 @@
+"""Swish: y = x * sigmoid(beta * x); SiLU is Swish with beta = 1.
+
+Ramachandran, Zoph, Le, "Searching for Activation Functions", 2017, arXiv:1710.05941; SiLU:
+Elfwing, Uchibe, Doya, "Sigmoid-Weighted Linear Units", 2017, arXiv:1702.03118.
+"""
+
+from __future__ import annotations
+
+import math
+import numbers
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fused_act.activation import Activation, activate
+
+
+def forward(x: Tensor, beta: float) -> Tensor:
+    # exp(-|z|) never overflows; where z < 0, exp(z / 2) multiplied in twice keeps the tail.
+    z = x * beta
+    h = torch.exp(-0.5 * z.abs())
+    r = 1.0 / (1.0 + h * h)
+    return torch.where(z < 0, x * h * h * r, x * r)
+
+
+def derivative(x: Tensor, beta: float) -> Tensor:
+    z = torch.clamp(x * beta, min=-240.0, max=240.0)
+    h = torch.exp(-0.5 * z.abs())
+    e = h * h
+    r = 1.0 / (1.0 + e)
+    return torch.where(z < 0, r * (z * r + 1.0) * h * h, r * (z * (e * r) + 1.0))
+
+
+def torch_forward(x: Tensor, beta: float, inplace: bool = False) -> Tensor:
+    """torch has no Swish: `F.silu` where beta is 1, else the definition."""
+    if beta == 1.0:
+        return F.silu(x, inplace=inplace)
+    if isinstance(x, Tensor) and not (x.is_floating_point() or x.is_complex()):
+        raise TypeError(f"swish: expected x to be floating point or complex, got {x.dtype}")
+    gate = torch.sigmoid(beta * x)
+    return x.mul_(gate) if inplace else x * gate
+
+
+def torch_backward(grad_output: Tensor, x: Tensor, beta: float) -> Tensor:
+    if beta == 1.0:
+        return torch.ops.aten.silu_backward.default(grad_output, x)
+    gate = torch.sigmoid(beta * x)
+    return grad_output * gate + grad_output * x * (gate * (1 - gate)) * beta
+
+
+SWISH = Activation(
+    name="swish",
+    torch_forward=torch_forward,
+    torch_backward=torch_backward,
+    forward=forward,
+    derivative=derivative,
+    parameters=("beta",),
+    # Inductor does torch's own SiLU as well as it can be done.
+    fuses=lambda beta: beta != 1.0,
+)
+
+
+def finite_float(beta: float) -> float:
+    """`beta` as a float, or a clear error."""
+    if not isinstance(beta, numbers.Real) or isinstance(beta, bool):
+        raise TypeError(f"swish: expected beta to be a float, got {type(beta).__name__}")
+    if not math.isfinite(beta):
+        raise ValueError(f"swish: expected beta to be finite, got {beta}")
+    return float(beta)
+
+
+def swish(x: Tensor, beta: float = 1.0, inplace: bool = False) -> Tensor:
+    """Swish, y = x * sigmoid(beta * x), applied to each element (arXiv:1710.05941).
+
+    Args:
+        x: any shape and strides. On a GPU float16, bfloat16 and float32 run fused kernels; all
+            other tensors, and all other devices, get `torch.nn.functional.silu` (beta = 1) or
+            `x * torch.sigmoid(beta * x)`.
+        beta: a finite float.
+        inplace: write the result into `x`.
+
+    Returns:
+        A tensor of the shape, dtype and memory format of `x`; `x` itself if `inplace`.
+
+    Backward saves `x` (a copy of it if `inplace`) and is exact, to any order.
+
+    Raises:
+        TypeError, ValueError: `beta` is not a finite float, or a backend forced by `use_backend`
+            does not take `x`.
+        RuntimeError: as `torch.nn.functional.silu`, for dtypes that it does not support and for
+            `inplace` on a leaf that requires grad.
+    """
+    return activate(SWISH, x, inplace, finite_float(beta))
+
+
+def silu(x: Tensor, inplace: bool = False) -> Tensor:
+    """SiLU, y = x * sigmoid(x): `swish` with beta = 1. See there (arXiv:1702.03118)."""
+    if torch.jit.is_scripting():
+        return F.silu(x, inplace)
+    return activate(SWISH, x, inplace, 1.0)
+
+
+SwishFunction = SWISH.Function
+SwishFunction.__doc__ = """`SwishFunction.apply(x, beta)`: Swish as a Function. Saves `x`."""
+
+
+class Swish(torch.nn.Module):
+    """Swish with a fixed beta, computed by `fused_act.swish`.
+
+    Args:
+        beta: a finite float.
+        inplace: write the result into the input.
+
+    Raises:
+        TypeError, ValueError: `beta` is not a finite float.
+    """
+
+    def __init__(self, beta: float = 1.0, inplace: bool = False):
+        super().__init__()
+        self.beta = finite_float(beta)
+        self.inplace = inplace
+
+    def forward(self, input: Tensor) -> Tensor:
+        if torch.jit.is_scripting():
+            gated = input * torch.sigmoid(self.beta * input)
+            return input.copy_(gated) if self.inplace else gated
+        return swish(input, self.beta, self.inplace)
+
+    def extra_repr(self) -> str:
+        return f"beta={self.beta}, inplace=True" if self.inplace else f"beta={self.beta}"
+
+
+class SiLU(torch.nn.SiLU):
+    """Drop-in for `torch.nn.SiLU`, computed by `fused_act.silu`.
+
+    Args:
+        inplace: write the result into the input.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        return silu(input, self.inplace)
