@@ -1,0 +1,148 @@
+"""The backends: what they have in common, which of them are available, which one is selected."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+class Kernels(NamedTuple):
+    """The functions of one activation in one backend.
+
+    Each takes the activation's float parameters behind the tensors. The two in the middle are None
+    where the input, not a mask, is saved for backward.
+    """
+
+    forward: Callable[..., Tensor]  # (x) -> y
+    forward_out: Callable[..., None]  # (x, out=y), where y may be x
+    forward_with_mask: Callable[..., tuple[Tensor, Tensor]] | None  # (x) -> y, mask
+    forward_with_mask_out: Callable[..., Tensor] | None  # (x, out=y) -> mask
+    backward: Callable[..., Tensor]  # (grad_output, saved) -> grad_input; mask: stride comes last
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Backend:
+    """One way to compute the activations.
+
+    Args:
+        name: what `use_backend` calls it.
+        unavailable: why it cannot run here and what to do about it, or None if it can.
+        load: loads what the backend needs and returns its functions, by activation name.
+        device_types: the devices whose tensors it takes; None means all of them.
+    """
+
+    name: str
+    unavailable: Callable[[], str | None]
+    load: Callable[[], dict[str, Kernels]]
+    device_types: tuple[str, ...] | None
+    kernels: dict[str, Kernels] = dataclasses.field(default_factory=dict, init=False)
+
+    def ready(self) -> Backend:
+        """This backend, loaded. Done when it is selected, since Dynamo cannot trace it."""
+        if not self.kernels:
+            self.kernels.update(self.load())
+        return self
+
+    def check_input(self, op: str, x: Tensor) -> None:
+        """Raise unless this backend, forced by the user, takes `x`: nothing is changed silently."""
+        if self.device_types is None:
+            return
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{op}: expected x to be a Tensor, got {type(x).__name__}")
+        if not torch.compiler.is_compiling() and type(x) not in (Tensor, torch.nn.Parameter):
+            raise TypeError(
+                f"{op}: the {self.name!r} backend takes plain tensors, got {type(x).__name__}; "
+                "use_backend('auto') leaves tensor subclasses to torch"
+            )
+        if x.dtype not in DTYPES:
+            expected = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
+            got = str(x.dtype).removeprefix("torch.")
+            raise TypeError(f"{op}: the {self.name!r} backend takes {expected}; x is {got}")
+        if x.device.type not in self.device_types:
+            expected = " or ".join(self.device_types)
+            raise ValueError(
+                f"{op}: the {self.name!r} backend takes {expected} tensors; x is on {x.device}"
+            )
+        if x.layout is not torch.strided:
+            raise TypeError(
+                f"{op}: the {self.name!r} backend takes strided tensors; x is {x.layout}"
+            )
+
+
+NAMES = ("cuda", "triton", "torch")  # in the order of preference of `auto`
+
+# The backend that the user forced, or None for `auto`. A plain global: Dynamo guards on it, and
+# rejects ContextVar.get().
+forced: Backend | None = None
+
+
+@functools.cache
+def get(name: str) -> Backend:
+    """The backend called `name`; its module is imported now and not before."""
+    module = importlib.import_module(f"fused_act.backends.{'eager' if name == 'torch' else name}")
+    return module.BACKEND
+
+
+def available_backends() -> tuple[str, ...]:
+    """Names of the backends that can run here, best first; `"torch"` is always the last.
+
+    `python -m fused_act` says why the others cannot.
+    """
+    return tuple(name for name in NAMES if get(name).unavailable() is None)
+
+
+@functools.cache
+def automatic() -> Backend:
+    """The backend that `auto` takes for a plain CUDA tensor; settled at the first such tensor."""
+    return get(available_backends()[0]).ready()
+
+
+class use_backend:
+    """Force a backend, as a statement or as a context manager.
+
+    Args:
+        name: `"cuda"` (the CUDA C++ extension), `"triton"`, `"torch"` (torch's own ops), or
+            `"auto"`, the default: for each tensor the best of them that takes it.
+
+    A forced kernel backend raises for a tensor that it does not take. The setting holds for all
+    threads of the process. Under `torch.compile` a forced backend puts that backend's opaque op
+    into the graph, and changing it recompiles.
+
+    Raises:
+        ValueError: there is no backend of that name.
+        RuntimeError: the backend is not available here; the message says why and what to do.
+
+    Example::
+
+        with fused_act.use_backend("triton"):
+            y = fused_act.mish(x)
+    """
+
+    def __init__(self, name: str):
+        global forced
+        if name != "auto" and name not in NAMES:
+            expected = ", ".join(map(repr, ("auto", *NAMES)))
+            raise ValueError(f"use_backend: expected one of {expected}, got {name!r}")
+        backend = None
+        if name != "auto":
+            backend = get(name)
+            reason = backend.unavailable()
+            if reason is not None:
+                raise RuntimeError(f"use_backend: {name!r} is not available: {reason}")
+        self.previous = forced
+        forced = backend and backend.ready()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        global forced
+        forced = self.previous
