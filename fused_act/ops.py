@@ -1,0 +1,214 @@
+"""Schemas and fakes of the raw ops: two namespaces, one per kernel backend, with the same ops.
+
+`torch.ops.fused_act_cuda.*` gets its kernels from csrc/ops.cu, `torch.ops.fused_act_triton.*` from
+backends/triton.py. The raw ops are what the Functions call and what a graph shows; they have no
+derivative, so they refuse an input that requires grad. For mish (saves its input) and relu6 (saves
+one bit an element) they are
+
+    mish(x) -> y                        relu6(x) -> y
+    mish.out(x, *, out)                 relu6.out(x, *, out)
+    mish_backward(grad_output, x)       relu6_with_mask(x) -> y, mask
+                                        relu6_with_mask.out(x, *, out) -> mask
+                                        relu6_backward(grad_output, mask, stride)
+
+`mask` is uint8, ceil(numel / 8) long: bit i % 8 of byte i // 8 tells whether the gradient passes
+element i in memory order. `stride` is that of `y`, which fixes this order.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import increment_version
+
+from fused_act.activation import Activation
+from fused_act.activations import ACTIVATIONS
+from fused_act.backends import DTYPES, Kernels
+
+
+# The layout contract is in the fakes: Inductor must not pass or expect other strides.
+TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
+
+
+def schemas(activation: Activation) -> dict[str, str]:
+    """The schema of each op of `activation`, keyed by the field of `Kernels` that calls it."""
+    # No defaults: the dispatcher drops trailing arguments that equal theirs.
+    parameters = "".join(f", float {parameter}" for parameter in activation.parameters)
+    name = activation.name
+    signatures = {
+        "forward": f"{name}(Tensor x{parameters}) -> Tensor",
+        "forward_out": f"{name}.out(Tensor x{parameters}, *, Tensor(a!) out) -> ()",
+    }
+    if activation.saves_mask:
+        saved, layout = "mask", ", SymInt[] stride"
+        signatures |= {
+            "forward_with_mask": f"{name}_with_mask(Tensor x{parameters}) -> (Tensor, Tensor)",
+            "forward_with_mask_out": (
+                f"{name}_with_mask.out(Tensor x{parameters}, *, Tensor(a!) out) -> Tensor"
+            ),
+        }
+    else:
+        saved, layout = "x", ""
+    signatures["backward"] = (
+        f"{name}_backward(Tensor grad_output, Tensor {saved}{parameters}{layout}) -> Tensor"
+    )
+    return signatures
+
+
+def check(
+    op: str,
+    x: Tensor,
+    other: Tensor | None = None,
+    *,
+    mask: Tensor | None = None,
+    stride: list[int] | None = None,
+    device_types: tuple[str, ...] | None = None,
+) -> None:
+    """Raise `TypeError` or `ValueError` unless a kernel can safely run on these arguments.
+
+    Args:
+        x: the tensor that fixes dtype, device and shape: the input, or `grad_output`.
+        other: `out` or the saved input, which must match `x`.
+        mask, stride: as `relu6_backward` takes them.
+        device_types: the devices that the op takes, besides meta.
+    """
+    if x.dtype not in DTYPES:
+        raise TypeError(f"{op}: expected float16, bfloat16 or float32, got {x.dtype}")
+    if device_types is not None and x.device.type not in device_types:
+        raise ValueError(f"{op}: expected a tensor on {' or '.join(device_types)}, got {x.device}")
+    if other is not None:
+        if other.dtype != x.dtype:
+            raise TypeError(f"{op}: expected tensors of one dtype, got {x.dtype} and {other.dtype}")
+        if other.device != x.device:
+            raise ValueError(
+                f"{op}: expected tensors on one device, got {x.device} and {other.device}"
+            )
+        if other.shape != x.shape:
+            raise ValueError(
+                f"{op}: expected tensors of one shape, got {tuple(x.shape)} and "
+                f"{tuple(other.shape)}"
+            )
+    if mask is not None:
+        if mask.dtype != torch.uint8:
+            raise TypeError(f"{op}: expected mask to be uint8, got {mask.dtype}")
+        if mask.device != x.device:
+            raise ValueError(f"{op}: expected mask on {x.device}, got {mask.device}")
+        if mask.dim() != 1 or mask.numel() != mask_numel(x) or not mask.is_contiguous():
+            raise ValueError(
+                f"{op}: expected a contiguous mask of shape ({mask_numel(x)},) for "
+                f"{x.numel()} elements, got {tuple(mask.shape)} with stride {mask.stride()}"
+            )
+        extent = 1 + sum((size - 1) * step for size, step in zip(x.shape, stride))
+        if len(stride) != x.dim() or (x.numel() > 0 and extent != x.numel()):
+            raise ValueError(
+                f"{op}: expected the stride of a dense tensor of shape {tuple(x.shape)}, "
+                f"got {tuple(stride)}"
+            )
+
+
+def mask_numel(x: Tensor) -> int:
+    """Bytes of a mask for `x`: one bit an element."""
+    return (x.numel() + 7) // 8
+
+
+def fakes(activation: Activation) -> dict:
+    """What each op returns, without data: an output is dense and keeps the strides if `x` is."""
+
+    def new_mask(x):
+        return x.new_empty((mask_numel(x),), dtype=torch.uint8)
+
+    def backward(grad_output, x, *parameters):
+        return torch.empty_like(x)
+
+    def masked_backward(grad_output, mask, *parameters):
+        stride = parameters[-1]
+        return torch.empty_strided(
+            grad_output.shape, stride, dtype=grad_output.dtype, device=grad_output.device
+        )
+
+    return {
+        "forward": lambda x, *parameters: torch.empty_like(x),
+        "forward_out": lambda x, *parameters, out: None,
+        "forward_with_mask": lambda x, *parameters: (torch.empty_like(x), new_mask(x)),
+        "forward_with_mask_out": lambda x, *parameters, out: new_mask(x),
+        "backward": masked_backward if activation.saves_mask else backward,
+    }
+
+
+def refuse_autograd(op, activation: Activation, field: str, device_types: tuple[str, ...]):
+    """The Autograd kernel of a raw op: check what users pass in; never lose a gradient silently."""
+    name = op.name()
+
+    def autograd(*args, **kwargs):
+        tensors = [arg for arg in (*args, *kwargs.values()) if isinstance(arg, Tensor)]
+        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+            raise RuntimeError(
+                f"{name} has no derivative; call fused_act.{activation.name}, which is "
+                "differentiable, or wrap the call in torch.no_grad()"
+            )
+        device_types_or_meta = (*device_types, "meta")
+        if field == "backward" and activation.saves_mask:
+            grad_output, mask, stride = args[0], args[1], args[-1]
+            check(name, grad_output, mask=mask, stride=stride, device_types=device_types_or_meta)
+        else:
+            check(name, *tensors, device_types=device_types_or_meta)
+        with torch._C._AutoDispatchBelowAutograd():
+            return op(*args, **kwargs)
+
+    return autograd
+
+
+def bump_version(op, *args, out, **kwargs):
+    """The ADInplaceOrView kernel of an out op: autograd must learn that `out` has changed.
+
+    Without it a later backward through `out` gets a wrong gradient in silence.
+    """
+    with torch._C._AutoDispatchBelowADInplaceOrView():
+        result = op(*args, out=out, **kwargs)
+    increment_version(out)
+    return result
+
+
+def define(namespace: str, device_types: tuple[str, ...]) -> torch.library.Library:
+    """Define every op in `namespace`, with its fake and what guards it."""
+    library = torch.library.Library(namespace, "DEF")
+    for activation in ACTIVATIONS:
+        for field, schema in schemas(activation).items():
+            library.define(schema, tags=TAGS)
+            name = schema.partition("(")[0]
+            op = overload(namespace, name)
+            fake = fakes(activation)[field]
+            torch.library.register_fake(f"{namespace}::{name}", fake, lib=library)
+            autograd = refuse_autograd(op, activation, field, device_types)
+            library.impl(name, autograd, "Autograd")
+            if field.endswith("_out"):
+                library.impl(name, functools.partial(bump_version, op), "ADInplaceOrView")
+    return library
+
+
+def overload(namespace: str, name: str):
+    """The op `name` ("mish", "mish.out") of `namespace`."""
+    packet, _, overload_name = name.partition(".")
+    return getattr(getattr(getattr(torch.ops, namespace), packet), overload_name or "default")
+
+
+def kernels(namespace: str) -> dict[str, Kernels]:
+    """The ops of `namespace` as `Kernels`, by activation name."""
+    fields = dict.fromkeys(Kernels._fields)
+    return {
+        activation.name: Kernels(
+            **fields
+            | {
+                field: overload(namespace, schema.partition("(")[0])
+                for field, schema in schemas(activation).items()
+            }
+        )
+        for activation in ACTIVATIONS
+    }
+
+
+# Kept here because ops vanish with their Library.
+CUDA_LIBRARY = define("fused_act_cuda", ("cuda",))
+TRITON_LIBRARY = define("fused_act_triton", ("cuda", "cpu"))
