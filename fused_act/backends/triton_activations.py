@@ -1,0 +1,136 @@
+"""The Triton pairs: `forward` and `derivative` of one element, in fp32, for each activation.
+
+`LOW` is true for 16-bit tensors, whose results need fewer bits: there e^x is scaled by 2^32, so
+that it does not underflow before the product with x does. fp32 has no bits to spare for the larger
+argument; it takes exp(x / 2) twice below -60 and puts the rounding error of x * log2(e) back.
+csrc/activations.cuh states the same math; tests hold both to a float64 oracle.
+"""
+
+import triton
+import triton.language as tl
+
+# The interpreter cannot run inline assembly: it takes exact functions instead.
+INTERPRET = tl.constexpr(triton.knobs.runtime.interpret)
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LOG2E_HIGH = tl.constexpr(1.44269502162933349609375)  # LOG2E in fp32
+LOG2E_LOW = tl.constexpr(1.92596299112661746887e-8)  # what that leaves out
+LN2 = tl.constexpr(0.6931471805599453)
+TWO_32 = tl.constexpr(4294967296.0)
+TWO_33 = tl.constexpr(8589934592.0)
+TWO_65 = tl.constexpr(36893488147419103232.0)
+TWO_66 = tl.constexpr(73786976294838206464.0)
+
+
+@triton.jit
+def exp2_approx(x):
+    """2^x within 2 ULP; subnormal results flush. One instruction, where tl.exp2 takes four."""
+    if INTERPRET:
+        return tl.exp2(x)
+    else:
+        return tl.inline_asm_elementwise(
+            "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+
+
+@triton.jit
+def reciprocal_approx(x):
+    """1 / x within 1 ULP. One instruction, where a division takes eight."""
+    if INTERPRET:
+        return 1.0 / x
+    else:
+        return tl.inline_asm_elementwise(
+            "rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+
+
+@triton.jit
+def exp_compensated(x):
+    """e^x in fp32 within 3 ULP, for finite results."""
+    if INTERPRET:
+        return tl.exp(x)  # its tl.fma rounds twice, which loses the compensation
+    else:
+        t = x * LOG2E_HIGH
+        low = tl.fma(x, LOG2E_HIGH, -t) + x * LOG2E_LOW
+        e = exp2_approx(t)
+        return tl.fma(e, low * LN2, e)
+
+
+@triton.jit
+def clamp_max(x, maximum):
+    return tl.minimum(x, maximum, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def clamp(x, minimum, maximum):
+    return clamp_max(tl.maximum(x, minimum, propagate_nan=tl.PropagateNan.ALL), maximum)
+
+
+@triton.jit
+def mish_forward(x, LOW: tl.constexpr):
+    if LOW:
+        e = exp2_approx(clamp_max(x, 20.0) * LOG2E + 32.0)
+        n = e * (e + TWO_33)
+        return x * (n * reciprocal_approx(n + TWO_65))
+    else:
+        clamped = clamp(x, -240.0, 20.0)
+        tail = clamped < -60.0
+        e = exp_compensated(tl.where(tail, 0.5 * clamped, clamped))
+        n = e * (e + 2.0)
+        return tl.where(tail, (x * e) * e, x * (n * reciprocal_approx(n + 2.0)))
+
+
+@triton.jit
+def mish_derivative(x, LOW: tl.constexpr):
+    if LOW:
+        clamped = clamp_max(x, 20.0)
+        e = exp2_approx(clamped * LOG2E + 32.0)
+        n = e * (e + TWO_33)
+        r = reciprocal_approx(n + TWO_65)
+        return r * tl.fma((clamped * r) * (e * (e + TWO_32)), TWO_66, n)
+    else:
+        clamped = clamp(x, -240.0, 20.0)
+        tail = clamped < -60.0
+        e = exp_compensated(tl.where(tail, 0.5 * clamped, clamped))
+        n = e * (e + 2.0)
+        r = reciprocal_approx(n + 2.0)
+        bulk = r * tl.fma(4.0 * clamped * r, tl.fma(e, e, e), n)
+        return tl.where(tail, ((1.0 + clamped) * e) * e, bulk)
+
+
+@triton.jit
+def swish_forward(x, beta, LOW: tl.constexpr):
+    if LOW:
+        e = exp2_approx(x * (beta * -LOG2E) - 32.0)
+        return x * (reciprocal_approx(e + 1.0 / TWO_32) * (1.0 / TWO_32))
+    else:
+        z = clamp(x * beta, -240.0, 128.0)
+        tail = z < -60.0
+        e = exp_compensated(tl.where(tail, 0.5 * z, -z))
+        return tl.where(tail, (x * e) * e, x * reciprocal_approx(1.0 + e))
+
+
+@triton.jit
+def swish_derivative(x, beta, LOW: tl.constexpr):
+    if LOW:
+        z = clamp(x * beta, -104.0, 104.0)
+        e = exp2_approx(z * -LOG2E - 32.0)
+        r = reciprocal_approx(e + 1.0 / TWO_32)
+        return (r * tl.fma(z, e * r, 1.0)) * (1.0 / TWO_32)
+    else:
+        z = clamp(x * beta, -240.0, 128.0)
+        tail = z < -60.0
+        e = exp_compensated(tl.where(tail, 0.5 * z, -z))
+        s = reciprocal_approx(1.0 + e)
+        return tl.where(tail, ((1.0 + z) * e) * e, s * tl.fma(z, e * s, 1.0))
+
+
+@triton.jit
+def relu6_forward(x, LOW: tl.constexpr):
+    return clamp(x, 0.0, 6.0)
+
+
+@triton.jit
+def relu6_derivative(x, LOW: tl.constexpr):
+    # NaN compares false and passes the gradient on, as in torch's CUDA kernel.
+    return tl.where((x <= 0.0) | (x >= 6.0), 0.0, 1.0)

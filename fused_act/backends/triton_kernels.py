@@ -1,0 +1,230 @@
+"""The Triton kernels: one forward, one backward, for every activation; and their launch.
+
+A program handles one tile of BLOCK_SIZE consecutive elements, in memory order. The full tiles run
+without a mask, for with `offsets < numel` every access would shrink to one element.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fused_act import ops
+from fused_act.backends import triton_activations
+
+# 128 threads with two 16-byte loads of 16-bit elements in flight each, four of fp32.
+BLOCK_SIZE = 2048
+NUM_WARPS = 4
+
+
+@triton.jit
+def load(x_ptr, offsets, valid):
+    """Load in fp32; without a mask if every offset is valid, which `valid=None` says."""
+    if valid is None:
+        return tl.load(x_ptr + offsets).to(tl.float32)
+    else:
+        return tl.load(x_ptr + offsets, mask=valid, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def store(y_ptr, offsets, y, valid):
+    if valid is None:
+        tl.store(y_ptr + offsets, y.to(y_ptr.dtype.element_ty))
+    else:
+        tl.store(y_ptr + offsets, y.to(y_ptr.dtype.element_ty), mask=valid)
+
+
+@triton.jit
+def mask_offsets(BLOCK_SIZE: tl.constexpr):
+    """Offsets of the bytes of a tile's mask.
+
+    They are consecutive. Triton is told otherwise, or it makes 16-bit accesses of them, for which
+    the bytes must change threads, through shared memory and a barrier.
+    """
+    return tl.max_contiguous(tl.arange(0, BLOCK_SIZE // 8), 1)
+
+
+@triton.jit
+def forward_tile(
+    x_ptr, y_ptr, mask_ptr, numel, parameters, FORWARD, DERIVATIVE, FULL: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+):  # fmt: skip
+    LOW: tl.constexpr = x_ptr.dtype.element_ty != tl.float32
+    offsets = tl.arange(0, BLOCK_SIZE)
+    valid = None if FULL else offsets < numel
+    x = load(x_ptr, offsets, valid)
+    store(y_ptr, offsets, FORWARD(x, *parameters, LOW), valid)
+    if mask_ptr is not None:
+        passes = DERIVATIVE(x, *parameters, LOW) != 0.0
+        if not FULL:
+            passes = passes & valid
+        bits = passes.to(tl.int32) << (offsets % 8)
+        mask = tl.sum(tl.reshape(bits, (BLOCK_SIZE // 8, 8)), axis=1).to(tl.uint8)
+        bytes_ = mask_offsets(BLOCK_SIZE)
+        if FULL:
+            tl.store(mask_ptr + bytes_, mask)
+        else:
+            tl.store(mask_ptr + bytes_, mask, mask=bytes_ * 8 < numel)
+
+
+@triton.jit
+def forward_kernel(
+    x_ptr, y_ptr, mask_ptr, numel, parameters, FORWARD: tl.constexpr, DERIVATIVE: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+):  # fmt: skip
+    # 64 bits, for tensors of more than 2^31 elements; within a tile 32 bits do.
+    start = tl.program_id(0).to(tl.int64) * BLOCK_SIZE
+    left = numel - start
+    if mask_ptr is not None:
+        mask_ptr += start // 8
+    if left >= BLOCK_SIZE:
+        forward_tile(
+            x_ptr + start, y_ptr + start, mask_ptr, left, parameters, FORWARD, DERIVATIVE, True,
+            BLOCK_SIZE,
+        )  # fmt: skip
+    else:
+        forward_tile(
+            x_ptr + start, y_ptr + start, mask_ptr, left, parameters, FORWARD, DERIVATIVE, False,
+            BLOCK_SIZE,
+        )  # fmt: skip
+
+
+@triton.jit
+def backward_tile(
+    grad_output_ptr, saved_ptr, grad_input_ptr, numel, parameters, DERIVATIVE,
+    FROM_MASK: tl.constexpr, FULL: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+):  # fmt: skip
+    LOW: tl.constexpr = grad_output_ptr.dtype.element_ty != tl.float32
+    offsets = tl.arange(0, BLOCK_SIZE)
+    valid = None if FULL else offsets < numel
+    grad_output = load(grad_output_ptr, offsets, valid)
+    if FROM_MASK:
+        bytes_ = mask_offsets(BLOCK_SIZE)
+        if FULL:
+            mask = tl.load(saved_ptr + bytes_)
+        else:
+            mask = tl.load(saved_ptr + bytes_, mask=bytes_ * 8 < numel, other=0)
+        bits = (mask.to(tl.int32)[:, None] >> tl.arange(0, 8)[None, :]) & 1
+        # Not a product: a gradient of inf or NaN that does not pass leaves 0.
+        grad_input = tl.where(tl.reshape(bits, (BLOCK_SIZE,)) != 0, grad_output, 0.0)
+    else:
+        x = load(saved_ptr, offsets, valid)
+        grad_input = grad_output * DERIVATIVE(x, *parameters, LOW)
+    store(grad_input_ptr, offsets, grad_input, valid)
+
+
+@triton.jit
+def backward_kernel(
+    grad_output_ptr, saved_ptr, grad_input_ptr, numel, parameters, DERIVATIVE: tl.constexpr,
+    FROM_MASK: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+):  # fmt: skip
+    start = tl.program_id(0).to(tl.int64) * BLOCK_SIZE
+    left = numel - start
+    if FROM_MASK:
+        saved_ptr += start // 8
+    else:
+        saved_ptr += start
+    if left >= BLOCK_SIZE:
+        backward_tile(
+            grad_output_ptr + start, saved_ptr, grad_input_ptr + start, left, parameters,
+            DERIVATIVE, FROM_MASK, True, BLOCK_SIZE,
+        )  # fmt: skip
+    else:
+        backward_tile(
+            grad_output_ptr + start, saved_ptr, grad_input_ptr + start, left, parameters,
+            DERIVATIVE, FROM_MASK, False, BLOCK_SIZE,
+        )  # fmt: skip
+
+
+def grid(numel: int) -> tuple[int]:
+    return (triton.cdiv(numel, BLOCK_SIZE),)
+
+
+def with_layout_of(like: Tensor, x: Tensor) -> Tensor:
+    """`x` in the strides of the dense tensor `like`: itself or a copy."""
+    return x if x.stride() == like.stride() else torch.empty_like(like).copy_(x)
+
+
+def implementations(activation) -> dict:
+    """The implementation of each raw op of `activation`, by name."""
+    name = activation.name
+    FORWARD = getattr(triton_activations, f"{name}_forward")
+    DERIVATIVE = getattr(triton_activations, f"{name}_derivative")
+
+    def run(x, y, mask, parameters):
+        x = with_layout_of(y, x)
+        if x.numel() > 0:
+            with torch.cuda.device_of(x):
+                forward_kernel[grid(x.numel())](
+                    x, y, mask, x.numel(), parameters, FORWARD, DERIVATIVE, BLOCK_SIZE,
+                    num_warps=NUM_WARPS,
+                )  # fmt: skip
+
+    def run_out(x, out, mask, parameters):
+        ops.check(name, x, out)
+        # empty_like keeps the strides of a dense tensor and of no other.
+        y = out if out.is_contiguous() else torch.empty_like(out)
+        dense = y.stride() == out.stride()
+        run(x, out if dense else y, mask, parameters)
+        if not dense:
+            out.copy_(y)
+
+    def new_mask(x):
+        return torch.empty(ops.mask_numel(x), dtype=torch.uint8, device=x.device)
+
+    def forward(x, *parameters):
+        ops.check(name, x)
+        y = torch.empty_like(x)
+        run(x, y, None, parameters)
+        return y
+
+    def forward_out(x, *parameters, out):
+        run_out(x, out, None, parameters)
+
+    def forward_with_mask(x, *parameters):
+        ops.check(name, x)
+        y, mask = torch.empty_like(x), new_mask(x)
+        run(x, y, mask, parameters)
+        return y, mask
+
+    def forward_with_mask_out(x, *parameters, out):
+        mask = new_mask(x)
+        run_out(x, out, mask, parameters)
+        return mask
+
+    def run_backward(grad_output, saved, grad_input, parameters):
+        grad_output = with_layout_of(grad_input, grad_output)
+        if grad_input.numel() > 0:
+            with torch.cuda.device_of(grad_input):
+                backward_kernel[grid(grad_input.numel())](
+                    grad_output, saved, grad_input, grad_input.numel(), parameters, DERIVATIVE,
+                    activation.saves_mask, BLOCK_SIZE, num_warps=NUM_WARPS,
+                )  # fmt: skip
+        return grad_input
+
+    def backward(grad_output, x, *parameters):
+        ops.check(name, grad_output, x)
+        grad_input = torch.empty_like(x)
+        return run_backward(grad_output, with_layout_of(grad_input, x), grad_input, parameters)
+
+    def masked_backward(grad_output, mask, *parameters_and_stride):
+        *parameters, stride = parameters_and_stride
+        ops.check(name, grad_output, mask=mask, stride=stride)
+        grad_input = torch.empty_strided(
+            grad_output.shape, stride, dtype=grad_output.dtype, device=grad_output.device
+        )
+        return run_backward(grad_output, mask, grad_input, tuple(parameters))
+
+    by_field = {
+        "forward": forward,
+        "forward_out": forward_out,
+        "forward_with_mask": forward_with_mask,
+        "forward_with_mask_out": forward_with_mask_out,
+        "backward": masked_backward if activation.saves_mask else backward,
+    }
+    return {
+        schema.partition("(")[0]: by_field[field]
+        for field, schema in ops.schemas(activation).items()
+    }
