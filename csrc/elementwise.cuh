@@ -1,0 +1,305 @@
+// The loops: one tile of a tensor per thread block, in memory order, forward and backward.
+//
+// What a thread does is a __host__ __device__ function of its block and thread index, so that tests
+// run the index arithmetic on the host. Nothing here knows an activation.
+#pragma once
+
+#include <cstdint>
+
+#include "math.cuh"
+
+#if defined(__CUDACC__)
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#endif
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+namespace fused_act {
+
+using BFloat16 = c10::BFloat16;
+using Half = c10::Half;
+
+constexpr int kThreads = 256;
+// Per thread and input; two 16-byte loads in flight keep enough of a Hopper SM's memory busy.
+constexpr int kBytesPerThread = 32;
+
+template <typename T>
+constexpr int kElementsPerThread = kBytesPerThread / sizeof(T);
+
+template <typename T>
+constexpr int kTile = kThreads * kElementsPerThread<T>;
+
+// What one access moves: kWidth elements.
+template <typename T, int kWidth>
+struct alignas(sizeof(T) * kWidth) Vector {
+  T elements[kWidth];
+};
+
+__host__ __device__ __forceinline__ float to_float(float x) { return x; }
+__host__ __device__ __forceinline__ float to_float(Half x) { return static_cast<float>(x); }
+__host__ __device__ __forceinline__ float to_float(BFloat16 x) { return static_cast<float>(x); }
+
+#if defined(__CUDA_ARCH__)
+__device__ __forceinline__ void round_pair(float a, float b, Half* target) {
+  *reinterpret_cast<__half2*>(target) = __floats2half2_rn(a, b);
+}
+
+__device__ __forceinline__ void round_pair(float a, float b, BFloat16* target) {
+  *reinterpret_cast<__nv_bfloat162*>(target) = __floats2bfloat162_rn(a, b);
+}
+#endif
+
+// Round to the element type, to nearest even. The device does two in one instruction.
+template <typename T, int kWidth>
+__host__ __device__ __forceinline__ Vector<T, kWidth> from_floats(const float (&values)[kWidth]) {
+  Vector<T, kWidth> result;
+#if defined(__CUDA_ARCH__)
+  constexpr bool kPairs = sizeof(T) == 2 && kWidth % 2 == 0;
+#else
+  constexpr bool kPairs = false;
+#endif
+  if constexpr (kPairs) {
+#pragma unroll
+    for (int i = 0; i < kWidth; i += 2) {
+      round_pair(values[i], values[i + 1], &result.elements[i]);
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < kWidth; i++) {
+      result.elements[i] = static_cast<T>(values[i]);
+    }
+  }
+  return result;
+}
+
+// The elements of one thread: runs of kRun consecutive ones, the threads' runs side by side, so
+// that a warp's accesses coalesce. A mask byte holds the bits of 8 elements, so with a mask a run
+// is 8.
+template <typename T, int kWidth, bool kMasked>
+struct Runs {
+  static constexpr int kRun = kMasked && kWidth < 8 ? 8 : kWidth;
+  static constexpr int kCount = kElementsPerThread<T> / kRun;
+  static_assert(kCount * kRun == kElementsPerThread<T> && kRun % kWidth == 0);
+
+  // The first element of a run, from the start of the tile.
+  __host__ __device__ static int offset(int thread, int run) {
+    return (run * kThreads + thread) * kRun;
+  }
+};
+
+template <typename T>
+__host__ __device__ __forceinline__ int64_t tile_start(int64_t block) {
+  return block * kTile<T>;  // 64 bits: there may be more than 2^31 elements
+}
+
+// Load one run into fp32. In the last tile only what lies within numel; the rest reads as 0.
+template <int kWidth, int kRun, typename T>
+__host__ __device__ __forceinline__ void load(const T* source, int offset, int64_t left, bool full,
+                                              float (&values)[kRun]) {
+  if (full) {
+#pragma unroll
+    for (int i = 0; i < kRun; i += kWidth) {
+      const auto vector = *reinterpret_cast<const Vector<T, kWidth>*>(source + offset + i);
+#pragma unroll
+      for (int j = 0; j < kWidth; j++) {
+        values[i + j] = to_float(vector.elements[j]);
+      }
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < kRun; i++) {
+      values[i] = offset + i < left ? to_float(source[offset + i]) : 0.0f;
+    }
+  }
+}
+
+template <int kWidth, int kRun, typename T>
+__host__ __device__ __forceinline__ void store(T* target, int offset, int64_t left, bool full,
+                                               const float (&values)[kRun]) {
+  if (full) {
+#pragma unroll
+    for (int i = 0; i < kRun; i += kWidth) {
+      float part[kWidth];
+#pragma unroll
+      for (int j = 0; j < kWidth; j++) {
+        part[j] = values[i + j];
+      }
+      *reinterpret_cast<Vector<T, kWidth>*>(target + offset + i) = from_floats<T, kWidth>(part);
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < kRun; i++) {
+      if (offset + i < left) {
+        target[offset + i] = static_cast<T>(values[i]);
+      }
+    }
+  }
+}
+
+// What one thread does in a tile. `full` is known at compile time where this is called.
+template <int kWidth, bool kMasked, typename Activation, typename T>
+__host__ __device__ __forceinline__ void forward_runs(Activation activation, const T* x, T* y,
+                                                      uint8_t* mask, int64_t left, bool full,
+                                                      int thread) {
+  using R = Runs<T, kWidth, kMasked>;
+  // All loads come before all math: x and y may be the same memory, so the compiler cannot do it.
+  float values[R::kCount][R::kRun];
+#pragma unroll
+  for (int run = 0; run < R::kCount; run++) {
+    load<kWidth>(x, R::offset(thread, run), left, full, values[run]);
+  }
+#pragma unroll
+  for (int run = 0; run < R::kCount; run++) {
+    const int offset = R::offset(thread, run);
+    if constexpr (kMasked) {
+      unsigned bits = 0;
+#pragma unroll
+      for (int i = 0; i < 8; i++) {
+        const bool passes = activation.derivative(values[run][i]) != 0.0f;
+        bits |= passes && (full || offset + i < left) ? 1u << i : 0u;
+      }
+      if (full || offset < left) {
+        mask[offset / 8] = static_cast<uint8_t>(bits);
+      }
+    }
+    float results[R::kRun];
+#pragma unroll
+    for (int i = 0; i < R::kRun; i++) {
+      results[i] = activation.forward(values[run][i]);
+    }
+    store<kWidth>(y, offset, left, full, results);
+  }
+}
+
+template <int kWidth, bool kMasked, typename Activation, typename T, typename Saved>
+__host__ __device__ __forceinline__ void backward_runs(Activation activation, const T* grad_output,
+                                                       const Saved* saved, T* grad_input,
+                                                       int64_t left, bool full, int thread) {
+  using R = Runs<T, kWidth, kMasked>;
+  float grads[R::kCount][R::kRun];
+  float values[R::kCount][R::kRun];
+  unsigned bits[R::kCount];
+#pragma unroll
+  for (int run = 0; run < R::kCount; run++) {
+    const int offset = R::offset(thread, run);
+    load<kWidth>(grad_output, offset, left, full, grads[run]);
+    if constexpr (kMasked) {
+      bits[run] = full || offset < left ? saved[offset / 8] : 0;
+    } else {
+      load<kWidth>(saved, offset, left, full, values[run]);
+    }
+  }
+#pragma unroll
+  for (int run = 0; run < R::kCount; run++) {
+    float results[R::kRun];
+#pragma unroll
+    for (int i = 0; i < R::kRun; i++) {
+      if constexpr (kMasked) {
+        // Not a product: a gradient of inf or NaN that does not pass leaves 0.
+        results[i] = bits[run] >> i & 1 ? grads[run][i] : 0.0f;
+      } else {
+        results[i] = grads[run][i] * activation.derivative(values[run][i]);
+      }
+    }
+    store<kWidth>(grad_input, R::offset(thread, run), left, full, results);
+  }
+}
+
+// What thread `thread` of block `block` does.
+template <int kWidth, bool kMasked, typename Activation, typename T>
+__host__ __device__ __forceinline__ void forward_thread(Activation activation, const T* x, T* y,
+                                                        uint8_t* mask, int64_t numel, int64_t block,
+                                                        int thread) {
+  const int64_t start = tile_start<T>(block);
+  const int64_t left = numel - start;
+  if (kMasked) {
+    mask += start / 8;
+  }
+  if (left >= kTile<T>) {
+    forward_runs<kWidth, kMasked>(activation, x + start, y + start, mask, left, true, thread);
+  } else {
+    forward_runs<kWidth, kMasked>(activation, x + start, y + start, mask, left, false, thread);
+  }
+}
+
+template <int kWidth, bool kMasked, typename Activation, typename T, typename Saved>
+__host__ __device__ __forceinline__ void backward_thread(Activation activation,
+                                                         const T* grad_output, const Saved* saved,
+                                                         T* grad_input, int64_t numel,
+                                                         int64_t block, int thread) {
+  const int64_t start = tile_start<T>(block);
+  const int64_t left = numel - start;
+  saved += kMasked ? start / 8 : start;
+  grad_output += start;
+  grad_input += start;
+  if (left >= kTile<T>) {
+    backward_runs<kWidth, kMasked>(activation, grad_output, saved, grad_input, left, true, thread);
+  } else {
+    backward_runs<kWidth, kMasked>(activation, grad_output, saved, grad_input, left, false, thread);
+  }
+}
+
+template <typename T>
+int64_t block_count(int64_t numel) {
+  return (numel + kTile<T> - 1) / kTile<T>;
+}
+
+// Call `run` with the widest access, 16 bytes at most, that all the addresses allow.
+template <typename T, typename Run, typename... Pointers>
+void with_widest_access(Run run, Pointers... pointers) {
+  const uintptr_t addresses = (reinterpret_cast<uintptr_t>(pointers) | ...);
+  if (addresses % 16 == 0) {
+    run(std::integral_constant<int, 16 / sizeof(T)>{});
+  } else if (addresses % 8 == 0) {
+    run(std::integral_constant<int, 8 / sizeof(T)>{});
+  } else if (sizeof(T) == 2 && addresses % 4 == 0) {
+    run(std::integral_constant<int, 4 / sizeof(T)>{});
+  } else {
+    run(std::integral_constant<int, 1>{});
+  }
+}
+
+#if defined(__CUDACC__)
+template <int kWidth, bool kMasked, typename Activation, typename T>
+__global__ void __launch_bounds__(kThreads)
+    forward_kernel(Activation activation, const T* x, T* y, uint8_t* mask, int64_t numel) {
+  forward_thread<kWidth, kMasked>(activation, x, y, mask, numel, blockIdx.x, threadIdx.x);
+}
+
+template <int kWidth, bool kMasked, typename Activation, typename T, typename Saved>
+__global__ void __launch_bounds__(kThreads)
+    backward_kernel(Activation activation, const T* grad_output, const Saved* saved, T* grad_input,
+                    int64_t numel) {
+  backward_thread<kWidth, kMasked>(activation, grad_output, saved, grad_input, numel, blockIdx.x,
+                                   threadIdx.x);
+}
+
+template <bool kMasked, typename Activation, typename T>
+void launch_forward(Activation activation, const T* x, T* y, uint8_t* mask, int64_t numel,
+                    cudaStream_t stream) {
+  with_widest_access<T>(
+      [&](auto width) {
+        forward_kernel<decltype(width)::value, kMasked>
+            <<<block_count<T>(numel), kThreads, 0, stream>>>(activation, x, y, mask, numel);
+      },
+      x, y);
+}
+
+template <bool kMasked, typename Activation, typename T, typename Saved>
+void launch_backward(Activation activation, const T* grad_output, const Saved* saved, T* grad_input,
+                     int64_t numel, cudaStream_t stream) {
+  auto launch = [&](auto width) {
+    backward_kernel<decltype(width)::value, kMasked>
+        <<<block_count<T>(numel), kThreads, 0, stream>>>(activation, grad_output, saved, grad_input,
+                                                         numel);
+  };
+  if constexpr (kMasked) {
+    with_widest_access<T>(launch, grad_output, grad_input);  // the mask is read by the byte
+  } else {
+    with_widest_access<T>(launch, grad_output, saved, grad_input);
+  }
+}
+#endif
+
+}  // namespace fused_act

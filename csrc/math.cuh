@@ -1,0 +1,90 @@
+// The few functions that differ between the GPU and a host that stands in for it: tests run the
+// activations and the loops as plain C++, where a correctly rounded function takes the place of an
+// approximate instruction.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#if !defined(__CUDACC__)
+#define __host__
+#define __device__
+#define __forceinline__ inline
+#endif
+
+namespace fused_act {
+
+constexpr float kLog2e = 1.4426950408889634f;
+constexpr float kLog2eLow = 1.92596299112661746887e-8f;  // log2(e) less what fp32 holds of it
+constexpr float kLn2 = 0.6931471805599453f;
+
+#if !defined(__CUDA_ARCH__)
+// The relative errors that a host run adds to 2^x and 1 / x, in units of 2^-23. The tests set them
+// to what the hardware may be off by: 2 and 1.
+inline float exp2_error = 0.0f;
+inline float reciprocal_error = 0.0f;
+
+inline float flush_subnormal(float x) {
+  return std::fabs(x) < 0x1p-126f ? std::copysign(0.0f, x) : x;
+}
+#endif
+
+// 2^x within 2 ULP; subnormal results flush. One instruction, where exp2f takes four.
+__host__ __device__ __forceinline__ float exp2_approx(float x) {
+#if defined(__CUDA_ARCH__)
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#else
+  double y = std::exp2(static_cast<double>(x)) * (1.0 + exp2_error * 0x1p-23);
+  return flush_subnormal(static_cast<float>(y));
+#endif
+}
+
+// 1 / x within 1 ULP. One instruction, where a division takes eight.
+__host__ __device__ __forceinline__ float reciprocal_approx(float x) {
+#if defined(__CUDA_ARCH__)
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#else
+  double y = 1.0 / static_cast<double>(flush_subnormal(x)) * (1.0 + reciprocal_error * 0x1p-23);
+  return flush_subnormal(static_cast<float>(y));
+#endif
+}
+
+// fminf and fmaxf swallow NaN; these let it through, in one instruction as well.
+__host__ __device__ __forceinline__ float clamp_max(float x, float maximum) {
+#if defined(__CUDA_ARCH__)
+  float y;
+  asm("min.NaN.f32 %0, %1, %2;" : "=f"(y) : "f"(x), "f"(maximum));
+  return y;
+#else
+  return x > maximum ? maximum : x;
+#endif
+}
+
+__host__ __device__ __forceinline__ float clamp_min(float x, float minimum) {
+#if defined(__CUDA_ARCH__)
+  float y;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(y) : "f"(x), "f"(minimum));
+  return y;
+#else
+  return x < minimum ? minimum : x;
+#endif
+}
+
+__host__ __device__ __forceinline__ float clamp(float x, float minimum, float maximum) {
+  return clamp_max(clamp_min(x, minimum), maximum);
+}
+
+// e^x within 3 ULP: the rounding error of x * log2(e) is computed and put back.
+__host__ __device__ __forceinline__ float exp_compensated(float x) {
+  const float t = x * kLog2e;
+  const float low = fmaf(x, kLog2eLow, fmaf(x, kLog2e, -t));
+  const float e = exp2_approx(t);
+  return fmaf(e, low * kLn2, e);
+}
+
+}  // namespace fused_act

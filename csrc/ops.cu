@@ -1,0 +1,252 @@
+// The raw ops of the namespace fused_act_cuda: checks, allocation, launch. fused_act/ops.py has the
+// schemas. Adding an activation takes one line, at the end.
+//
+// LibTorch's stable ABI only: one library for torch >= 2.10 and every Python.
+#include <cuda_runtime.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "activations.cuh"
+#include "elementwise.cuh"
+
+// Only libtorch_cuda has this one. Weak, or the library would not load in a CPU build of torch.
+extern "C" __attribute__((weak)) AOTITorchError
+aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream);
+
+namespace fused_act {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using torch::stable::accelerator::DeviceGuard;
+using torch::stable::detail::StableLibrary;
+
+cudaStream_t current_stream(const Tensor& x) {
+  STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr,
+                  "fused_act: this torch has no CUDA; install a CUDA build of torch");
+  void* stream = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream));
+  return static_cast<cudaStream_t>(stream);
+}
+
+// Call `run` with a value of the element type of x.
+template <typename Run>
+void with_element_type(const Tensor& x, Run run) {
+  switch (x.scalar_type()) {
+    case ScalarType::Float:
+      return run(float{});
+    case ScalarType::Half:
+      return run(Half{});
+    case ScalarType::BFloat16:
+      return run(BFloat16{});
+    default:
+      STD_TORCH_CHECK(false, "fused_act: expected float16, bfloat16 or float32, got ",
+                      torch::headeronly::toString(x.scalar_type()));
+  }
+}
+
+bool equal(torch::headeronly::IntHeaderOnlyArrayRef a, torch::headeronly::IntHeaderOnlyArrayRef b) {
+  return a.size() == b.size() && std::equal(a.begin(), a.end(), b.begin());
+}
+
+// Python checks what users pass in and raises the better errors; this keeps memory safe below it.
+void check_match(const Tensor& x, const Tensor& other) {
+  STD_TORCH_CHECK(x.is_cuda() && other.is_cuda(), "fused_act: expected CUDA tensors");
+  STD_TORCH_CHECK(x.scalar_type() == other.scalar_type() && equal(x.sizes(), other.sizes()) &&
+                      x.get_device_index() == other.get_device_index(),
+                  "fused_act: expected tensors of one dtype, shape and device");
+}
+
+// A mask for x, whose elements lie in memory as `stride`, of a dense tensor, says.
+void check_mask(const Tensor& x, const Tensor& mask, const std::vector<int64_t>& stride) {
+  STD_TORCH_CHECK(x.is_cuda() && mask.is_cuda() &&
+                      x.get_device_index() == mask.get_device_index() &&
+                      mask.scalar_type() == ScalarType::Byte && mask.is_contiguous() &&
+                      mask.numel() == (x.numel() + 7) / 8,
+                  "fused_act: expected a contiguous uint8 mask with one bit for each of ",
+                  x.numel(), " elements, got ", mask.numel(), " bytes");
+  int64_t extent = 1;
+  for (size_t i = 0; i < stride.size() && i < x.sizes().size(); i++) {
+    extent += (x.size(i) - 1) * stride[i];
+  }
+  STD_TORCH_CHECK(stride.size() == x.sizes().size() && (x.numel() == 0 || extent == x.numel()),
+                  "fused_act: expected the stride of a dense tensor of the shape of grad_output");
+}
+
+Tensor empty_strided(torch::headeronly::IntHeaderOnlyArrayRef sizes,
+                     torch::headeronly::IntHeaderOnlyArrayRef strides, int32_t dtype,
+                     const Tensor& like) {
+  AtenTensorHandle result = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(sizes.size(), sizes.data(), strides.data(), dtype,
+                                                  aoti_torch_device_type_cuda(),
+                                                  like.get_device_index(), &result));
+  return Tensor(result);
+}
+
+Tensor empty_mask(const Tensor& x) {
+  const int64_t size = (x.numel() + 7) / 8;
+  const int64_t stride = 1;
+  return empty_strided({&size, 1}, {&stride, 1}, aoti_torch_dtype_uint8(), x);
+}
+
+// x in the strides of the dense tensor `like`: itself or a copy.
+Tensor with_layout_of(const Tensor& like, const Tensor& x) {
+  if (equal(x.strides(), like.strides())) {
+    return x;
+  }
+  Tensor copy = torch::stable::empty_like(like);
+  torch::stable::copy_(copy, x);
+  return copy;
+}
+
+void check_launch() {
+  const cudaError_t error = cudaGetLastError();
+  STD_TORCH_CHECK(error == cudaSuccess,
+                  "fused_act: the kernel did not launch: ", cudaGetErrorString(error));
+}
+
+// The ops of one activation. Parameters are its floats, which follow the tensors.
+template <template <typename> class Activation, typename... Parameters>
+struct Ops {
+  // y = f(x) for a dense y; with a mask if there is one.
+  static void run_forward(const Tensor& input, Tensor& y, Tensor* mask, Parameters... parameters) {
+    const Tensor x = with_layout_of(y, input);
+    if (x.numel() == 0) {
+      return;
+    }
+    const cudaStream_t stream = current_stream(x);
+    with_element_type(x, [&](auto element) {
+      using T = decltype(element);
+      const Activation<T> activation{static_cast<float>(parameters)...};
+      const T* x_ptr = static_cast<const T*>(x.const_data_ptr());
+      T* y_ptr = static_cast<T*>(y.mutable_data_ptr());
+      if (mask == nullptr) {
+        launch_forward<false>(activation, x_ptr, y_ptr, nullptr, x.numel(), stream);
+      } else {
+        auto* mask_ptr = static_cast<uint8_t*>(mask->mutable_data_ptr());
+        launch_forward<true>(activation, x_ptr, y_ptr, mask_ptr, x.numel(), stream);
+      }
+    });
+    check_launch();
+  }
+
+  static void run_out(const Tensor& x, Tensor& out, Tensor* mask, Parameters... parameters) {
+    // empty_like keeps the strides of a dense tensor and of no other.
+    Tensor y = out.is_contiguous() ? out : torch::stable::empty_like(out);
+    const bool dense = equal(y.strides(), out.strides());
+    run_forward(x, dense ? out : y, mask, parameters...);
+    if (!dense) {
+      torch::stable::copy_(out, y);
+    }
+  }
+
+  static Tensor forward(const Tensor& x, Parameters... parameters) {
+    check_match(x, x);
+    const DeviceGuard guard(x.get_device_index());
+    Tensor y = torch::stable::empty_like(x);
+    run_forward(x, y, nullptr, parameters...);
+    return y;
+  }
+
+  static void forward_out(const Tensor& x, Parameters... parameters, Tensor out) {
+    check_match(x, out);
+    const DeviceGuard guard(x.get_device_index());
+    run_out(x, out, nullptr, parameters...);
+  }
+
+  static std::tuple<Tensor, Tensor> forward_with_mask(const Tensor& x, Parameters... parameters) {
+    check_match(x, x);
+    const DeviceGuard guard(x.get_device_index());
+    Tensor y = torch::stable::empty_like(x);
+    Tensor mask = empty_mask(x);
+    run_forward(x, y, &mask, parameters...);
+    return {y, mask};
+  }
+
+  static Tensor forward_with_mask_out(const Tensor& x, Parameters... parameters, Tensor out) {
+    check_match(x, out);
+    const DeviceGuard guard(x.get_device_index());
+    Tensor mask = empty_mask(x);
+    run_out(x, out, &mask, parameters...);
+    return mask;
+  }
+
+  static Tensor backward(const Tensor& grad_output, const Tensor& input, Parameters... parameters) {
+    check_match(grad_output, input);
+    const DeviceGuard guard(input.get_device_index());
+    Tensor grad_input = torch::stable::empty_like(input);
+    if (input.numel() == 0) {
+      return grad_input;
+    }
+    const Tensor grad = with_layout_of(grad_input, grad_output);
+    const Tensor x = with_layout_of(grad_input, input);
+    const cudaStream_t stream = current_stream(x);
+    with_element_type(x, [&](auto element) {
+      using T = decltype(element);
+      launch_backward<false>(Activation<T>{static_cast<float>(parameters)...},
+                             static_cast<const T*>(grad.const_data_ptr()),
+                             static_cast<const T*>(x.const_data_ptr()),
+                             static_cast<T*>(grad_input.mutable_data_ptr()), x.numel(), stream);
+    });
+    check_launch();
+    return grad_input;
+  }
+
+  static Tensor masked_backward(const Tensor& grad_output, const Tensor& mask,
+                                Parameters... parameters, std::vector<int64_t> stride) {
+    check_mask(grad_output, mask, stride);
+    const DeviceGuard guard(grad_output.get_device_index());
+    int32_t dtype = 0;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(grad_output.get(), &dtype));
+    Tensor grad_input = empty_strided(grad_output.sizes(), stride, dtype, grad_output);
+    if (grad_input.numel() == 0) {
+      return grad_input;
+    }
+    const Tensor grad = with_layout_of(grad_input, grad_output);
+    const cudaStream_t stream = current_stream(grad);
+    with_element_type(grad, [&](auto element) {
+      using T = decltype(element);
+      launch_backward<true>(Activation<T>{static_cast<float>(parameters)...},
+                            static_cast<const T*>(grad.const_data_ptr()),
+                            static_cast<const uint8_t*>(mask.const_data_ptr()),
+                            static_cast<T*>(grad_input.mutable_data_ptr()), grad.numel(), stream);
+    });
+    check_launch();
+    return grad_input;
+  }
+};
+
+// For an activation that saves its input for backward.
+template <template <typename> class Activation, typename... Parameters>
+void implement(StableLibrary& library, const std::string& name) {
+  using O = Ops<Activation, Parameters...>;
+  library.impl(name.c_str(), TORCH_BOX(&O::forward));
+  library.impl((name + ".out").c_str(), TORCH_BOX(&O::forward_out));
+  library.impl((name + "_backward").c_str(), TORCH_BOX(&O::backward));
+}
+
+// For an activation that saves a mask.
+template <template <typename> class Activation, typename... Parameters>
+void implement_masked(StableLibrary& library, const std::string& name) {
+  using O = Ops<Activation, Parameters...>;
+  library.impl(name.c_str(), TORCH_BOX(&O::forward));
+  library.impl((name + ".out").c_str(), TORCH_BOX(&O::forward_out));
+  library.impl((name + "_with_mask").c_str(), TORCH_BOX(&O::forward_with_mask));
+  library.impl((name + "_with_mask.out").c_str(), TORCH_BOX(&O::forward_with_mask_out));
+  library.impl((name + "_backward").c_str(), TORCH_BOX(&O::masked_backward));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(fused_act_cuda, CUDA, library) {
+  implement<Mish>(library, "mish");
+  implement<Swish, double>(library, "swish");
+  implement_masked<ReLU6>(library, "relu6");
+}
+
+}  // namespace
+}  // namespace fused_act

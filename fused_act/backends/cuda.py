@@ -1,0 +1,60 @@
+"""The CUDA C++ backend: finds the extension that setup.py built from csrc/, checks it, loads it."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import torch
+
+from fused_act import ops
+from fused_act.backends import Backend, Kernels
+
+# The extension is built for LibTorch's stable ABI of 2.10 and so loads in any later torch.
+MINIMUM_TORCH = (2, 10)
+REBUILD = "reinstall with `FUSED_ACT_BUILD_CUDA=1 pip install --no-build-isolation .`"
+
+
+def extension() -> Path | None:
+    """The built extension, or None in a pure-Python install."""
+    return next(Path(__file__).parent.parent.glob("_C.*so"), None)
+
+
+def broken() -> str | None:
+    """Why the extension that is installed cannot be loaded, or None if it can or there is none."""
+    if extension() is None:
+        return None
+    # Before it is loaded: an older torch lacks symbols, and then the loader may abort the process.
+    version = tuple(map(int, re.match(r"(\d+)\.(\d+)", torch.__version__).groups()))
+    if version < MINIMUM_TORCH:
+        expected = ".".join(map(str, MINIMUM_TORCH))
+        return f"the extension needs torch {expected} or newer, this is torch {torch.__version__}"
+    try:
+        load()
+    except OSError as error:
+        return f"the extension does not load ({error}); {REBUILD}"
+    return None
+
+
+def unavailable() -> str | None:
+    """Why the CUDA kernels cannot run here and what to do, or None if they can."""
+    if extension() is None:
+        return f"this install has no CUDA extension; where nvcc is, {REBUILD}"
+    reason = broken()
+    if reason is None and not torch.cuda.is_available():
+        return "torch sees no CUDA GPU; the kernels need one, and a CUDA build of torch"
+    return reason
+
+
+def load() -> dict[str, Kernels]:
+    """Load the extension, which gives the raw ops their kernels. Raises OSError if it is broken."""
+    torch.ops.load_library(str(extension()))
+    return ops.kernels("fused_act_cuda")
+
+
+BACKEND = Backend(
+    name="cuda",
+    unavailable=unavailable,
+    load=load,
+    device_types=("cuda",),
+)

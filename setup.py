@@ -1,0 +1,140 @@
+"""Builds the CUDA extension where nvcc is, else a pure-Python package.
+
+FUSED_ACT_BUILD_CUDA   `auto` (default): build it if nvcc and torch >= 2.10 are here, else say what
+                       is left out. `1` (or FORCE_CUDA=1): build it or fail. `0`: leave it out.
+TORCH_CUDA_ARCH_LIST   GPU architectures, as torch's own extensions take them: "8.0;9.0+PTX".
+
+torch's CUDAExtension is of no use here: on a CPU build of torch it refuses, though the extension
+needs only headers that such a build has too. So nvcc is called here, and whether a GPU is present
+is never asked: builds run in containers without one.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).parent
+MINIMUM_TORCH = (2, 10)
+ARCHITECTURES = "8.0;8.6;8.9;9.0;10.0;12.0+PTX"
+
+
+def find_nvcc():
+    """nvcc from CUDA_HOME or PATH, else None."""
+    for variable in ("CUDA_HOME", "CUDA_PATH"):
+        if os.environ.get(variable):
+            return shutil.which("nvcc", path=Path(os.environ[variable]) / "bin")
+    return shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+
+
+def missing():
+    """What the CUDA extension lacks here, or None if it can be built."""
+    if find_nvcc() is None:
+        return "nvcc is neither on PATH nor under CUDA_HOME"
+    try:
+        import torch
+    except ImportError:
+        return "torch cannot be imported by the build; pass --no-build-isolation to pip"
+    version = tuple(map(int, re.match(r"(\d+)\.(\d+)", torch.__version__).groups()))
+    if version < MINIMUM_TORCH:
+        return f"torch {torch.__version__} is older than 2.10"
+    return None
+
+
+def builds_cuda():
+    """Whether to build the CUDA extension; says so if not, and fails if it was demanded."""
+    choice = os.environ.get("FUSED_ACT_BUILD_CUDA", "auto")
+    if os.environ.get("FORCE_CUDA") == "1":
+        choice = "1"
+    if choice not in ("0", "1", "auto"):
+        raise SystemExit(f"FUSED_ACT_BUILD_CUDA: expected 0, 1 or auto, got {choice!r}")
+    if choice == "0":
+        return False
+    reason = missing()
+    if reason is None:
+        return True
+    if choice == "1":
+        raise SystemExit(f"fused_act: the CUDA extension was demanded but {reason}")
+    print(f"fused_act: building without the CUDA extension: {reason}")
+    return False
+
+
+def gencode_flags():
+    """nvcc's -gencode flags for TORCH_CUDA_ARCH_LIST."""
+    flags = []
+    architectures = os.environ.get("TORCH_CUDA_ARCH_LIST") or ARCHITECTURES
+    for architecture in re.split(r"[;,\s]+", architectures.strip("; ")):
+        match = re.fullmatch(r"(\d+)\.(\d+[af]?)(\+PTX)?", architecture)
+        if match is None:
+            raise SystemExit(
+                f"TORCH_CUDA_ARCH_LIST: expected e.g. 9.0 or 9.0+PTX, got {architecture!r}"
+            )
+        number = match[1] + match[2]
+        code = f"[sm_{number},compute_{number}]" if match[3] else f"sm_{number}"
+        flags += ["-gencode", f"arch=compute_{number},code={code}"]
+    return flags
+
+
+class BuildWithNvcc(build_ext):
+    """Calls nvcc for the one source there is; it rebuilds when anything in csrc/ is newer."""
+
+    def build_extension(self, extension):
+        import torch
+
+        torch_path = Path(torch.__file__).parent
+        target = Path(self.get_ext_fullpath(extension.name))
+        sources = [*extension.sources, *extension.depends]
+        if target.exists() and not self.force:
+            newest = max(Path(source).stat().st_mtime for source in sources)
+            if target.stat().st_mtime > newest:
+                return
+        target.parent.mkdir(parents=True, exist_ok=True)
+        command = [
+            find_nvcc(),
+            *("-std=c++20", "-O3", "-shared", "-Xcompiler", "-fPIC", "--threads", "0"),
+            "-DTORCH_TARGET_VERSION=0x020a000000000000",  # the stable ABI of torch 2.10
+            "-DUSE_CUDA",
+            f"-I{torch_path / 'include'}",
+            *gencode_flags(),
+            *("-cudart", "static"),
+            f"-L{torch_path / 'lib'}",
+            # A CPU build of torch has no symbol of ours to offer to the linker, which would drop
+            # the library, and with it the way to libtorch_cuda on a GPU machine.
+            *("-Xlinker", "--no-as-needed", "-ltorch", "-ltorch_cpu"),
+            *extension.sources,
+            *("-o", str(target)),
+        ]
+        print(" ".join(command), flush=True)
+        subprocess.run(command, check=True, cwd=ROOT)
+
+
+class StableAbiWheel(bdist_wheel):
+    """Tags a wheel with the extension for every Python, which it never calls; only for Linux."""
+
+    def get_tag(self):
+        python, abi, platform = super().get_tag()
+        return ("cp310", "abi3", platform) if self.distribution.has_ext_modules() else (
+            python, abi, platform,
+        )  # fmt: skip
+
+
+extensions = []
+if builds_cuda():
+    extensions = [
+        Extension(
+            "fused_act._C",
+            sources=["csrc/ops.cu"],
+            depends=[str(path) for path in sorted(Path("csrc").glob("*.cuh"))],
+            py_limited_api=True,
+        )
+    ]
+
+setup(
+    ext_modules=extensions,
+    cmdclass={"build_ext": BuildWithNvcc, "bdist_wheel": StableAbiWheel},
+)
