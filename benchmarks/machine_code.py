@@ -1,0 +1,241 @@
+"""What the compilers made of the kernels: the instructions that a full tile runs, no GPU needed.
+
+Triton kernels are compiled ahead of time for a target; the CUDA kernels are read out of the built
+extension. Both go through cuobjdump, which comes with the triton wheel and with the CUDA toolkit.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import shutil
+import subprocess
+import tempfile
+from collections import defaultdict
+from pathlib import Path
+
+import torch
+
+from fused_act.activation import Activation
+
+TRITON_TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
+CUDA_TYPES = {torch.float16: "c10::Half", torch.bfloat16: "c10::BFloat16", torch.float32: "float"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Instruction:
+    """One line of SASS: `/*0110*/  @!P0 LDG.E.128 R8, desc[UR4][R14.64] ;`"""
+
+    address: int
+    predicate: str
+    opcode: str
+    operands: str
+
+    @property
+    def is_branch(self) -> bool:
+        return self.opcode.split(".")[0] in ("BRA", "EXIT", "RET", "BRX", "JMP")
+
+    @property
+    def target(self) -> int | None:
+        match = re.search(r"0x([0-9a-f]+)", self.operands)
+        return int(match[1], 16) if self.opcode.startswith("BRA") and match else None
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """The machine code of one kernel and what a thread of a full tile runs of it."""
+
+    name: str
+    instructions: list[Instruction]
+    elements_per_thread: int
+
+    def hot_path(self) -> list[Instruction]:
+        """What a thread of a full tile runs: the path to EXIT with the wide accesses.
+
+        A path through a block of the last tile would show narrow accesses to tensor elements.
+        """
+        paths = [path for path in self.paths() if any(width(i) == 128 for i in path)]
+        if not paths:
+            raise ValueError(f"{self.name}: no path has 128-bit accesses only")
+        return min(paths, key=len)
+
+    def paths(self) -> list[list[Instruction]]:
+        """Every path from the entry to an EXIT without an access of 2 or 4 bytes."""
+        index = {instruction.address: i for i, instruction in enumerate(self.instructions)}
+        finished, unfinished = [], [(0, [])]
+        while unfinished:
+            position, path = unfinished.pop()
+            while True:
+                instruction = self.instructions[position]
+                if width(instruction) in (16, 32, 64):
+                    break
+                path = [*path, instruction]
+                if instruction.opcode == "EXIT" and not instruction.predicate:
+                    finished.append(path)
+                    break
+                target = instruction.target
+                if target is not None and index[target] > position:
+                    if not instruction.predicate:
+                        position = index[target]
+                        continue
+                    unfinished.append((index[target], path))
+                elif target is not None:
+                    break  # a loop; after EXIT, the padding
+                position += 1
+        return finished
+
+    def instructions_per_element(self) -> float:
+        return len(self.hot_path()) / self.elements_per_thread
+
+    def opcodes(self) -> set[str]:
+        return {instruction.opcode for instruction in self.instructions}
+
+    def accesses(self, opcode: str) -> list[int]:
+        """Widths in bits of the global loads (`LDG`) or stores (`STG`) on the hot path."""
+        return [width(i) for i in self.hot_path() if i.opcode.split(".")[0] == opcode]
+
+    def spills(self) -> int:
+        """Accesses to local memory, where spilled registers go."""
+        return sum(i.opcode.split(".")[0] in ("LDL", "STL") for i in self.instructions)
+
+
+def width(instruction: Instruction) -> int | None:
+    """Bits that a global access moves a thread, or None for other instructions."""
+    opcode, *modifiers = instruction.opcode.split(".")
+    if opcode not in ("LDG", "STG"):
+        return None
+    for modifier, bits in {"256": 256, "128": 128, "64": 64, "U16": 16, "S16": 16}.items():
+        if modifier in modifiers:
+            return bits
+    return 8 if "U8" in modifiers or "S8" in modifiers else 32
+
+
+def tool(name: str) -> str:
+    """The path of cuobjdump, from the triton wheel or else the CUDA toolkit."""
+    try:
+        import triton
+    except ImportError:
+        bundled = None
+    else:
+        bundled = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+    if bundled is not None and bundled.exists():
+        return str(bundled)
+    found = shutil.which(name)
+    if found is None:
+        raise FileNotFoundError(f"{name}: neither in the triton wheel nor on PATH")
+    return found
+
+
+def parse_sass(text: str) -> dict[str, list[Instruction]]:
+    """The instructions of each function in the output of `cuobjdump -sass`."""
+    functions, name = defaultdict(list), None
+    for line in text.splitlines():
+        if match := re.search(r"Function : (\S+)", line):
+            name = match[1]
+        elif match := re.match(r"\s+/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+)?\s*(\S+)\s*(.*?);", line):
+            address, predicate, opcode, operands = match.groups()
+            functions[name].append(
+                Instruction(int(address, 16), predicate or "", opcode, operands.strip())
+            )
+    return dict(functions)
+
+
+def disassemble(path: Path, capability: int) -> dict[str, list[Instruction]]:
+    """The functions that `path`, a cubin or a library with several, has for sm_`capability`."""
+    architecture = [] if path.suffix == ".cubin" else ["-arch", f"sm_{capability}"]
+    command = [tool("cuobjdump"), "-sass", *architecture, str(path)]
+    return parse_sass(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+
+def compile_triton(
+    activation: Activation, direction: str, dtype: torch.dtype, capability: int, *, masked: bool
+):
+    """Compile a Triton kernel ahead of time, as a launch with aligned pointers would.
+
+    Args:
+        direction: "forward" or "backward".
+        capability: 90 for sm_90.
+        masked: forward writes a mask, backward reads one.
+
+    Returns:
+        Triton's compiled kernel, whose `asm` holds "ptx" and "cubin".
+    """
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from fused_act.backends import triton_activations, triton_kernels
+
+    derivative = getattr(triton_activations, f"{activation.name}_derivative")
+    element = f"*{TRITON_TYPES[dtype]}"
+    common = {"numel": "i64", "parameters": ("fp32",) * len(activation.parameters)}
+    if direction == "forward":
+        kernel = triton_kernels.forward_kernel
+        forward = getattr(triton_activations, f"{activation.name}_forward")
+        signature = {"x_ptr": element, "y_ptr": element}
+        signature |= {"mask_ptr": "*u8" if masked else "constexpr"} | common
+        constants = {"FORWARD": forward, "DERIVATIVE": derivative}
+        constants |= {} if masked else {"mask_ptr": None}
+    else:
+        kernel = triton_kernels.backward_kernel
+        signature = {"grad_output_ptr": element, "saved_ptr": "*u8" if masked else element}
+        signature |= {"grad_input_ptr": element} | common
+        constants = {"DERIVATIVE": derivative, "FROM_MASK": masked}
+    constants |= {"BLOCK_SIZE": triton_kernels.BLOCK_SIZE}
+    signature |= dict.fromkeys(constants, "constexpr")
+    signature = {name: signature[name] for name in kernel.arg_names}
+    aligned = {
+        (position,): [["tt.divisibility", 16]]
+        for position, type_ in enumerate(signature.values())
+        if isinstance(type_, str) and type_.startswith("*")
+    }
+    source = ASTSource(kernel, signature=signature, constexprs=constants, attrs=aligned)
+    target = GPUTarget("cuda", capability, 32)
+    return triton.compile(source, target=target, options={"num_warps": triton_kernels.NUM_WARPS})
+
+
+def triton_kernel(
+    activation: Activation, direction: str, dtype: torch.dtype, capability: int, *, masked: bool
+) -> Kernel:
+    """The machine code of a Triton kernel; the arguments are those of `compile_triton`."""
+    from fused_act.backends import triton_kernels
+
+    compiled = compile_triton(activation, direction, dtype, capability, masked=masked)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(compiled.asm["cubin"])
+        ((name, instructions),) = disassemble(path, capability).items()
+    elements = triton_kernels.BLOCK_SIZE // (32 * triton_kernels.NUM_WARPS)
+    return Kernel(f"triton {activation.name} {name}", instructions, elements)
+
+
+def cuda_kernels(library: Path, capability: int) -> list[tuple[str, list[Instruction]]]:
+    """Every kernel of the extension for sm_`capability`, with its C++ name."""
+    functions = disassemble(library, capability)
+    demangled = subprocess.run(
+        ["c++filt"], input="\n".join(functions), check=True, capture_output=True, text=True
+    ).stdout.splitlines()
+    return list(zip(demangled, functions.values()))
+
+
+def cuda_kernel(
+    kernels: list[tuple[str, list[Instruction]]],
+    activation: Activation,
+    direction: str,
+    dtype: torch.dtype,
+    *,
+    masked: bool,
+) -> Kernel:
+    """The kernel with 16-byte accesses for `activation`, out of what `cuda_kernels` found."""
+    itemsize = dtype.itemsize
+    element = re.escape(CUDA_TYPES[dtype])
+    pattern = (
+        rf"{direction}_kernel<{16 // itemsize}, {str(masked).lower()}, "
+        rf"fused_act::{activation.name}<{element}>"
+    )
+    ((name, instructions),) = (
+        (name, instructions)
+        for name, instructions in kernels
+        if re.search(pattern, name, flags=re.IGNORECASE)
+    )
+    return Kernel(name, instructions, 32 // itemsize)
