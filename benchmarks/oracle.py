@@ -1,0 +1,61 @@
+"""The true values: each activation and its derivative in float64, and the error of a result.
+
+The formulas are those of the files in fused_act/activations, arranged so that nothing overflows and
+nothing cancels but at the zero of a derivative; float64 has 29 bits more than what is judged by it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def mish_forward(x: Tensor) -> Tensor:
+    e = torch.exp(x.clamp(max=40.0))  # above, tanh(softplus(x)) is 1 in float64
+    n = e * (e + 2)
+    return x * (n / (n + 2))
+
+
+def mish_derivative(x: Tensor) -> Tensor:
+    clamped = x.clamp(max=40.0)
+    e = torch.exp(clamped)
+    n = e * (e + 2)
+    return (n + 4 * clamped * (e * (e + 1)) / (n + 2)) / (n + 2)
+
+
+def swish_forward(x: Tensor, beta: float) -> Tensor:
+    return x * torch.sigmoid(beta * x)
+
+
+def swish_derivative(x: Tensor, beta: float) -> Tensor:
+    z = (beta * x).clamp(-700.0, 700.0)
+    return torch.sigmoid(z) * (1 + z * torch.sigmoid(-z))
+
+
+def relu6_forward(x: Tensor) -> Tensor:
+    return x.clamp(0.0, 6.0)
+
+
+def relu6_derivative(x: Tensor) -> Tensor:
+    return ((x > 0) & (x < 6)).double()
+
+
+def forward(name: str, x: Tensor, *parameters: float) -> Tensor:
+    """The activation `name` of float64 `x`."""
+    return globals()[f"{name}_forward"](x, *parameters)
+
+
+def derivative(name: str, x: Tensor, *parameters: float) -> Tensor:
+    """The derivative of the activation `name` at float64 `x`."""
+    return globals()[f"{name}_derivative"](x, *parameters)
+
+
+def ulp_error(result: Tensor, exact: Tensor, dtype: torch.dtype) -> Tensor:
+    """|result - exact| in units of the last place that `exact` has in `dtype`.
+
+    Below the normal numbers the unit is the smallest step of the format.
+    """
+    info = torch.finfo(dtype)
+    _, exponent = torch.frexp(exact.abs().clamp(min=info.tiny))
+    unit = torch.ldexp(torch.full_like(exact, info.eps), exponent - 1)
+    return (result.double() - exact).abs() / unit

@@ -1,0 +1,116 @@
+// Runs the CUDA kernels' loops and functors on the host, block by block and thread by thread.
+//
+// Compiled once per activation, with -DACTIVATION=Swish -DPARAMETER_COUNT=1: see
+// test_host_kernels.py, which reads both out of csrc/ops.cu.
+#include <type_traits>
+#include <utility>
+
+#include "../csrc/activations.cuh"
+#include "../csrc/elementwise.cuh"
+
+namespace fused_act {
+namespace {
+
+template <typename T, size_t... I>
+ACTIVATION<T> make(const double* parameters, std::index_sequence<I...>) {
+  return ACTIVATION<T>{static_cast<float>(parameters[I])...};
+}
+
+template <typename T>
+ACTIVATION<T> make(const double* parameters) {
+  return make<T>(parameters, std::make_index_sequence<PARAMETER_COUNT>());
+}
+
+template <typename T>
+void forward(const double* parameters, const T* x, T* y, uint8_t* mask, int64_t numel,
+             int64_t first_block, int64_t last_block) {
+  const auto activation = make<T>(parameters);
+  with_widest_access<T>(
+      [&](auto width) {
+        constexpr int kWidth = decltype(width)::value;
+        for (int64_t block = first_block; block < last_block; block++) {
+          for (int thread = 0; thread < kThreads; thread++) {
+            if (mask == nullptr) {
+              forward_thread<kWidth, false>(activation, x, y, mask, numel, block, thread);
+            } else {
+              forward_thread<kWidth, true>(activation, x, y, mask, numel, block, thread);
+            }
+          }
+        }
+      },
+      x, y);
+}
+
+template <bool kMasked, typename T, typename Saved>
+void backward(const double* parameters, const T* grad_output, const Saved* saved, T* grad_input,
+              int64_t numel, int64_t first_block, int64_t last_block) {
+  const auto activation = make<T>(parameters);
+  auto run = [&](auto width) {
+    constexpr int kWidth = decltype(width)::value;
+    for (int64_t block = first_block; block < last_block; block++) {
+      for (int thread = 0; thread < kThreads; thread++) {
+        backward_thread<kWidth, kMasked>(activation, grad_output, saved, grad_input, numel, block,
+                                         thread);
+      }
+    }
+  };
+  if constexpr (kMasked) {
+    with_widest_access<T>(run, grad_output, grad_input);
+  } else {
+    with_widest_access<T>(run, grad_output, saved, grad_input);
+  }
+}
+
+// dtype: 0 for fp16, 1 for bf16, 2 for fp32.
+template <typename Run>
+void with_dtype(int dtype, Run run) {
+  if (dtype == 0) {
+    run(Half{});
+  } else if (dtype == 1) {
+    run(BFloat16{});
+  } else {
+    run(float{});
+  }
+}
+
+}  // namespace
+}  // namespace fused_act
+
+using namespace fused_act;
+
+extern "C" {
+
+void set_errors(int exp2_ulps, int reciprocal_ulps) {
+  exp2_error = exp2_ulps;
+  reciprocal_error = reciprocal_ulps;
+}
+
+int64_t tile(int dtype) { return dtype == 2 ? kTile<float> : kTile<Half>; }
+
+void run_forward(int dtype, const double* parameters, const void* x, void* y, uint8_t* mask,
+                 int64_t numel, int64_t first_block, int64_t last_block) {
+  with_dtype(dtype, [&](auto element) {
+    using T = decltype(element);
+    forward(parameters, static_cast<const T*>(x), static_cast<T*>(y), mask, numel, first_block,
+            last_block);
+  });
+}
+
+void run_backward(int dtype, const double* parameters, const void* grad_output, const void* saved,
+                  void* grad_input, int64_t numel, int64_t first_block, int64_t last_block,
+                  bool masked) {
+  with_dtype(dtype, [&](auto element) {
+    using T = decltype(element);
+    const auto* grad = static_cast<const T*>(grad_output);
+    auto* result = static_cast<T*>(grad_input);
+    if (masked) {
+      backward<true>(parameters, grad, static_cast<const uint8_t*>(saved), result, numel,
+                     first_block, last_block);
+    } else {
+      backward<false>(parameters, grad, static_cast<const T*>(saved), result, numel, first_block,
+                      last_block);
+    }
+  });
+}
+
+}  // extern "C"

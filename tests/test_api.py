@@ -1,0 +1,265 @@
+"""The public surface: names, modules, backend selection, replacement, errors, import cost."""
+
+import copy
+import os
+import pickle
+import subprocess
+import sys
+import types
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import fused_act
+from fused_act.backends import get
+from tests.cases import all_cases
+
+MODULES = [
+    (fused_act.Mish, nn.Mish, {}),
+    (fused_act.SiLU, nn.SiLU, {}),
+    (fused_act.ReLU6, nn.ReLU6, {}),
+]
+all_modules = pytest.mark.parametrize(
+    ("fused", "original", "state"), MODULES, ids=lambda value: getattr(value, "__name__", "")
+)
+
+
+@all_modules
+@pytest.mark.parametrize("inplace", [False, True])
+def test_module_is_a_drop_in(fused, original, state, inplace):
+    module, reference = fused(inplace=inplace), original(inplace=inplace)
+    assert isinstance(module, original)
+    assert repr(module) == repr(reference)
+    assert module.state_dict() == state
+    x = torch.randn(3, 5)
+    assert torch.equal(module(x.clone()), reference(x.clone()))
+    restored = pickle.loads(pickle.dumps(module))
+    assert type(restored) is fused
+    assert restored.inplace is inplace
+    written = x.clone()
+    assert (module(written) is written) is inplace
+
+
+def test_swish_module():
+    module = fused_act.Swish(1.702)
+    assert repr(module) == "Swish(beta=1.702)"
+    assert module.state_dict() == {}
+    x = torch.randn(3, 5)
+    assert torch.equal(module(x), x * torch.sigmoid(1.702 * x))
+    assert torch.equal(pickle.loads(pickle.dumps(module))(x), module(x))
+    written = x.clone()
+    assert fused_act.Swish(1.702, inplace=True)(written) is written
+    assert torch.equal(written, module(x))
+
+
+@pytest.mark.parametrize(
+    ("beta", "error"),
+    [
+        (float("nan"), ValueError),
+        (float("inf"), ValueError),
+        ("1", TypeError),
+        (None, TypeError),
+        (True, TypeError),
+        (torch.ones(()), TypeError),
+    ],
+)
+def test_beta_must_be_a_finite_float(beta, error):
+    x = torch.randn(3)
+    with pytest.raises(error, match="beta"):
+        fused_act.swish(x, beta)
+    with pytest.raises(error, match="beta"):
+        fused_act.Swish(beta)
+
+
+@all_cases
+def test_function_applies_on_cpu(case):
+    Function = {
+        "mish": fused_act.MishFunction,
+        "swish": fused_act.SwishFunction,
+        "relu6": fused_act.ReLU6Function,
+    }[case.name]
+    x = torch.randn(64, requires_grad=True)
+    y = Function.apply(x, *case.parameters)
+    expected = case.torch_function(x)
+    assert torch.equal(y, expected)
+    weight = torch.randn(64)
+    (grad,) = torch.autograd.grad(y, x, weight)
+    torch.testing.assert_close(grad, torch.autograd.grad(expected, x, weight)[0])
+
+
+@all_cases
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.uint8])
+def test_integers_are_torchs_error(case, dtype):
+    x = torch.ones(4).to(dtype)
+    try:
+        expected = case.torch_function(x)
+    except (RuntimeError, NotImplementedError):
+        with pytest.raises((RuntimeError, NotImplementedError, TypeError)):
+            case.function(x)
+    else:
+        if case.parameters == () or case.parameters == (1.0,):
+            assert torch.equal(case.function(x), expected)
+        else:
+            with pytest.raises(TypeError, match="floating point"):
+                case.function(x)
+
+
+def test_not_a_tensor_is_torchs_error():
+    for value in ([1.0], None, 1.0):
+        with pytest.raises((TypeError, AttributeError)):
+            fused_act.mish(value)
+
+
+def test_use_backend_names_what_it_expects():
+    with pytest.raises(ValueError, match=r"'auto', 'cuda', 'triton', 'torch', got 'tritn'"):
+        fused_act.use_backend("tritn")
+
+
+def test_use_backend_is_setter_and_context_manager():
+    assert fused_act.backends.forced is None
+    fused_act.use_backend("torch")
+    assert fused_act.backends.forced is get("torch")
+    with fused_act.use_backend("auto"):
+        assert fused_act.backends.forced is None
+    assert fused_act.backends.forced is get("torch")
+
+
+@pytest.mark.parametrize("name", ["cuda", "triton"])
+def test_unavailable_backend_says_why_and_changes_nothing(name):
+    if name in fused_act.available_backends():
+        pytest.skip(f"{name} is available here")
+    with pytest.raises(RuntimeError, match=f"'{name}' is not available: .*"):
+        fused_act.use_backend(name)
+    assert fused_act.backends.forced is None
+
+
+def test_torch_is_always_available_and_last():
+    assert fused_act.available_backends()[-1] == "torch"
+
+
+class Network(nn.Module):
+    """Activations in every place: nested, shared, in a list, by exact type or not."""
+
+    class Custom(nn.SiLU):
+        pass
+
+    def __init__(self):
+        super().__init__()
+        self.shared = nn.Mish()
+        self.layers = nn.Sequential(
+            nn.Linear(4, 4), nn.ReLU6(inplace=True), self.shared, nn.Linear(4, 4), nn.SiLU()
+        )
+        self.custom = self.Custom()
+
+    def forward(self, x):
+        return self.custom(self.shared(self.layers(x)))
+
+
+def classes(model):
+    return [type(module) for module in model.modules()]
+
+
+def test_replace_and_restore():
+    model = Network().train()
+    called = []
+    model.shared.register_forward_hook(lambda *args: called.append(1))
+    reference = copy.deepcopy(model)
+    before = classes(model)
+    identities = [id(module) for module in model.modules()]
+    assert fused_act.replace_activations(model) is model
+    assert type(model.shared) is fused_act.Mish
+    assert model.layers[2] is model.shared
+    assert type(model.layers[1]) is fused_act.ReLU6
+    assert model.layers[1].inplace is True
+    assert type(model.layers[4]) is fused_act.SiLU
+    assert type(model.custom) is Network.Custom
+    assert [id(module) for module in model.modules()] == identities
+    assert list(model.state_dict()) == list(reference.state_dict())
+    x = torch.randn(3, 4)
+    expected = reference(x)
+    called.clear()
+    assert torch.equal(model(x), expected)
+    assert called == [1, 1]
+    assert fused_act.restore_activations(model) is model
+    assert classes(model) == before
+
+
+def test_replace_a_bare_activation_and_some_by_name():
+    assert type(fused_act.replace_activations(nn.ReLU6())) is fused_act.ReLU6
+    model = Network()
+    fused_act.replace_activations(model, filter_fn=lambda name, module: name == "layers.1")
+    assert type(model.layers[1]) is fused_act.ReLU6
+    assert type(model.layers[4]) is nn.SiLU
+
+
+def test_replace_finds_transformers_activations(monkeypatch):
+    # A stand-in for transformers.activations, found as the real one is: through sys.modules.
+    class SiLUActivation(nn.Module):
+        def forward(self, input):
+            return F.silu(input)
+
+    class MishActivation(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.act = F.mish
+
+        def forward(self, input):
+            return self.act(input)
+
+    module = types.ModuleType("transformers.activations")
+    module.SiLUActivation, module.MishActivation = SiLUActivation, MishActivation
+    monkeypatch.setitem(sys.modules, "transformers.activations", module)
+    model = nn.Sequential(SiLUActivation(), MishActivation())
+    x = torch.randn(7)
+    expected = model(x)
+    fused_act.replace_activations(model)
+    assert classes(model)[1:] == [fused_act.SiLU, fused_act.Mish]
+    assert torch.equal(model(x), expected)
+    fused_act.restore_activations(model)
+    assert classes(model)[1:] == [SiLUActivation, MishActivation]
+    assert "inplace" not in model[0].__dict__
+    assert torch.equal(model(x), expected)
+
+
+def run(code: str, **environment: str) -> str:
+    """Run `code` in a fresh interpreter and return what it prints."""
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env=os.environ | environment,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def test_import_leaves_triton_and_cuda_alone():
+    print_modules = (
+        "import sys, torch; before = set(sys.modules); import fused_act; "
+        "new = set(sys.modules) - before; "
+        "print('triton' in new, torch.cuda.is_initialized(), "
+        "sorted(m for m in new if not m.startswith('fused_act')))"
+    )
+    assert run(print_modules).split(maxsplit=2)[:2] == ["False", "False"]
+
+
+def test_import_needs_no_triton():
+    hide = (
+        "import sys; sys.modules['triton'] = None; import torch, fused_act; "
+        "x = torch.randn(5); print(torch.equal(fused_act.mish(x), torch.nn.functional.mish(x)))"
+    )
+    assert run(hide).strip() == "True"
+
+
+def test_report_names_every_backend():
+    output = subprocess.run(
+        [sys.executable, "-m", "fused_act"], capture_output=True, text=True, check=True
+    ).stdout
+    assert f"torch      {torch.__version__}" in output
+    for name in ("cuda", "triton", "torch"):
+        assert f"  {name:8} " in output
+    for name in set(("cuda", "triton")) - set(fused_act.available_backends()):
+        assert f"  {name:8} not available: " in output

@@ -1,0 +1,143 @@
+"""Under torch.compile: one graph of fusible math by default, one opaque op if a backend is forced."""
+
+import shutil
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import fused_act
+
+from fused_act.backends import eager
+from tests import accuracy
+from tests.cases import CASES, all_cases, all_dtypes
+
+pytestmark = pytest.mark.skipif(
+    shutil.which("g++") is None and shutil.which("clang++") is None,
+    reason="Inductor needs a C++ compiler",
+)
+
+
+@pytest.fixture(autouse=True)
+def reset_dynamo():
+    torch._dynamo.reset()
+
+
+def run(function, x, weight):
+    """y and dy."""
+    x = x.detach().requires_grad_()
+    y = function(x)
+    return y, torch.autograd.grad(y, x, weight)[0]
+
+
+@all_cases
+@all_dtypes
+@pytest.mark.parametrize("inplace", [False, True])
+def test_one_graph_for_every_size(case, dtype, inplace):
+    counter = CompileCounterWithBackend("inductor")
+
+    def chain(function, x):
+        return function(x * 2, inplace=inplace) + 1
+
+    compiled = torch.compile(
+        lambda x: chain(case.function, x), fullgraph=True, dynamic=True, backend=counter
+    )
+    for size in (17, 33, 64):
+        x = torch.randn(size).to(dtype)
+        weight = torch.randn_like(x)
+        ours = run(compiled, x, weight)
+        theirs = run(lambda x: case.torch_function(x * 2) + 1, x, weight)
+        for a, b in zip(ours, theirs):
+            assert a.dtype is b.dtype
+            torch.testing.assert_close(a, b, rtol=2 * torch.finfo(dtype).eps, atol=1e-2)
+    assert counter.frame_count == 1
+
+
+@all_cases
+def test_chain_becomes_one_kernel_each_way(case):
+    def chain(x, w, b, s):
+        return case.function(x * w + b) * s
+
+    arguments = [torch.randn(64, 64) for _ in range(4)]
+    arguments[0].requires_grad_()
+    y, sources = torch._inductor.utils.run_and_get_code(
+        torch.compile(chain, fullgraph=True), *arguments
+    )
+    _, backward = torch._inductor.utils.run_and_get_code(lambda: y.sum().backward())
+    for code in [*sources, *backward]:
+        assert code.count("async_compile.cpp_pybinding(") == 1
+        assert "double" not in code.split("async_compile.wait")[0].split("cpp_pybinding(")[1]
+
+
+@all_cases
+def test_default_graph_has_no_opaque_op(case):
+    graphs = []
+
+    def backend(graph_module, inputs):
+        graphs.append(graph_module)
+        return graph_module
+
+    torch.compile(case.function, fullgraph=True, backend=backend)(torch.randn(5))
+    assert len(graphs) == 1
+    assert "fused_act" not in graphs[0].print_readable(print_output=False).replace(
+        "fused_act/activation", ""
+    )
+
+
+FUSED = [case for case in CASES if case.activation.fuses(*case.parameters)]
+
+
+def test_the_right_ones_emit_their_formula():
+    assert [str(case) for case in FUSED] == ["mish", "swish-1.702", "swish--2.0"]
+
+
+def compiled_pair(case, x):
+    """f(x) and f'(x) as Inductor computes them, with no rounding between them and the output."""
+
+    @torch.compile(fullgraph=True)
+    def both(x):
+        return case.function(x)
+
+    y = both(x)
+    return y, torch.autograd.grad(y, x, torch.ones_like(y))[0]
+
+
+def eager_pair(case, x):
+    """f(x) and f'(x) as the formula's torch ops compute them one by one."""
+    y = case.activation.forward(x.float(), *case.parameters).to(x.dtype)
+    return y, case.activation.derivative(x.float(), *case.parameters).to(x.dtype)
+
+
+@pytest.mark.parametrize("case", FUSED, ids=str)
+@pytest.mark.parametrize("pair", [compiled_pair, eager_pair])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
+def test_formula_is_accurate_on_every_16_bit_input(case, pair, dtype):
+    x = accuracy.all_finite(dtype).requires_grad_()
+    y, derivative = pair(case, x)
+    accuracy.check(case, "forward", x, y)
+    accuracy.check(case, "derivative", x, derivative)
+
+
+@pytest.mark.parametrize("case", FUSED, ids=str)
+def test_formula_is_accurate_in_fp32(case):
+    x = accuracy.stratified_fp32()
+    y, derivative = eager_pair(case, x)
+    accuracy.check(case, "forward", x, y)
+    accuracy.check(case, "derivative", x, derivative)
+
+
+def test_eager_is_not_fused():
+    assert not eager.fuses(CASES[0].activation, torch.randn(3))
+
+
+def test_forcing_torch_emits_torchs_op():
+    graphs = []
+
+    def backend(graph_module, inputs):
+        graphs.append(graph_module)
+        return graph_module
+
+    with fused_act.use_backend("torch"):
+        torch.compile(fused_act.mish, fullgraph=True, backend=backend)(torch.randn(5))
+    targets = [node.target for node in graphs[0].graph.nodes]
+    assert torch.nn.functional.mish in targets

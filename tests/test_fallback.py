@@ -1,0 +1,169 @@
+"""On a CPU, and for everything unusual, results and gradients are torch's own, bit for bit."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import fused_act
+from tests.cases import LAYOUTS, all_cases, all_dtypes, all_layouts
+
+
+def gradients(function, x, weight):
+    """y, dy and ddy: the second derivative through a cubed gradient, so that it is not 0."""
+    x = x.detach().requires_grad_()
+    y = function(x)
+    (first,) = torch.autograd.grad(y, x, weight, create_graph=True)
+    (second,) = torch.autograd.grad(first.pow(3).sum(), x)
+    return y, first, second
+
+
+@all_cases
+@all_dtypes
+@all_layouts
+def test_bits_are_torchs(case, dtype, layout):
+    x = LAYOUTS[layout](dtype=dtype)
+    weight = torch.randn_like(x)
+    for ours, theirs in zip(
+        gradients(case.function, x, weight), gradients(case.torch_function, x, weight)
+    ):
+        # torch's own second derivative of mish overflows to NaN in fp16.
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0, equal_nan=True)
+        assert ours.stride() == theirs.stride()
+
+
+@all_cases
+@pytest.mark.parametrize("dtype", [torch.float64])
+def test_other_dtypes_are_torchs(case, dtype):
+    x = torch.randn(64, dtype=dtype, requires_grad=True)
+    assert torch.equal(case.function(x), case.torch_function(x))
+    assert torch.autograd.gradcheck(case.function, x)
+    assert torch.autograd.gradgradcheck(case.function, x)
+
+
+@all_cases
+def test_specials_are_torchs(case):
+    x = torch.tensor([float("nan"), float("inf"), -float("inf"), 0.0, -0.0, 1e-45, 3.4e38, -3.4e38])
+    torch.testing.assert_close(
+        case.function(x), case.torch_function(x), rtol=0, atol=0, equal_nan=True
+    )
+
+
+@all_cases
+def test_inplace_is_torchs(case):
+    for requires_grad in (False, True):
+        x = torch.randn(33, requires_grad=requires_grad)
+        ours, theirs = x * 1, x * 1
+        version = ours._version
+        result = case.function(ours, inplace=True)
+        assert result is ours
+        assert ours._version > version
+        expected = case.torch_function(theirs, inplace=False)
+        assert torch.equal(ours, expected)
+        if requires_grad:
+            (grad,) = torch.autograd.grad(result.sum(), x)
+            torch.testing.assert_close(grad, torch.autograd.grad(expected.sum(), x)[0])
+    leaf = torch.randn(3, requires_grad=True)
+    before = leaf.detach().clone()
+    with pytest.raises(RuntimeError, match="leaf"):
+        case.function(leaf, inplace=True)
+    assert torch.equal(leaf, before)
+
+
+@all_cases
+def test_transforms_are_torchs(case):
+    x = torch.randn(5, 3)
+    for transform in (
+        lambda f: torch.func.vmap(f)(x),
+        lambda f: torch.func.vmap(torch.func.grad(lambda t: f(t).sum()))(x),
+        lambda f: torch.func.jvp(f, (x,), (torch.ones_like(x),))[1],
+        lambda f: torch.func.jacrev(f)(x),
+        lambda f: torch.func.hessian(lambda t: f(t).sum())(x),
+    ):
+        assert torch.equal(transform(case.function), transform(case.torch_function))
+
+
+@all_cases
+def test_forward_mode_is_torchs(case):
+    x = torch.randn(7)
+
+    def tangent(function):
+        with torch.autograd.forward_ad.dual_level():
+            dual = torch.autograd.forward_ad.make_dual(x, torch.ones_like(x))
+            return torch.autograd.forward_ad.unpack_dual(function(dual)).tangent
+
+    assert torch.equal(tangent(case.function), tangent(case.torch_function))
+
+
+@all_cases
+def test_autocast_keeps_torchs_dtype(case):
+    x = torch.randn(8, dtype=torch.bfloat16)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert case.function(x).dtype is case.torch_function(x).dtype
+        assert case.function(x.float()).dtype is case.torch_function(x.float()).dtype
+
+
+def test_tensor_subclass_reaches_torchs_own_op():
+    seen = []
+
+    class Logged(torch.Tensor):
+        @classmethod
+        def __torch_function__(cls, function, types, args=(), kwargs=None):
+            seen.append(function)
+            return super().__torch_function__(function, types, args, kwargs or {})
+
+    assert type(fused_act.mish(torch.randn(3).as_subclass(Logged))) is Logged
+    assert F.mish in seen
+
+
+def test_meta_and_fake_tensors():
+    assert fused_act.mish(torch.empty(3, 4, device="meta")).shape == (3, 4)
+    with torch._subclasses.FakeTensorMode():
+        assert fused_act.relu6(torch.empty(3, 4, device="cuda")).device.type == "cuda"
+
+
+MODULES = [fused_act.Mish(), fused_act.SiLU(), fused_act.ReLU6(), fused_act.Swish(1.7)]
+all_modules = pytest.mark.parametrize("module", MODULES, ids=lambda module: type(module).__name__)
+
+
+@all_modules
+def test_scripts_and_traces(module):
+    x = torch.randn(9)
+    torch.testing.assert_close(torch.jit.script(module)(x), module(x))
+    torch.testing.assert_close(torch.jit.trace(module, x)(x), module(x))
+    torch.testing.assert_close(torch.fx.symbolic_trace(module)(x), module(x))
+
+
+@pytest.mark.parametrize(
+    ("module", "op"),
+    [
+        (fused_act.Mish(), torch.ops.aten.mish.default),
+        (fused_act.SiLU(), torch.ops.aten.silu.default),
+        (fused_act.ReLU6(), torch.ops.aten.hardtanh.default),
+    ],
+    ids=["mish", "silu", "relu6"],
+)
+@pytest.mark.parametrize("strict", [False, True])
+def test_export_shows_torchs_op(module, op, strict):
+    model = nn.Sequential(nn.Linear(3, 3), module)
+    program = torch.export.export(model, (torch.randn(2, 3),), strict=strict)
+    targets = [node.target for node in program.graph.nodes]
+    assert op in targets or (op is torch.ops.aten.hardtanh.default and "relu6" in str(targets))
+
+
+@all_cases
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_checkpoint(case, use_reentrant):
+    x = torch.randn(16, requires_grad=True)
+    y = torch.utils.checkpoint.checkpoint(
+        lambda t: case.function(t * 2), x, use_reentrant=use_reentrant
+    )
+    (grad,) = torch.autograd.grad(y.sum(), x) if not use_reentrant else (backward_grad(y, x),)
+    expected = torch.autograd.grad(case.torch_function(x * 2).sum(), x)[0]
+    assert torch.equal(grad, expected)
+
+
+def backward_grad(y, x):
+    """The gradient through `backward()`: reentrant checkpoints refuse `torch.autograd.grad`."""
+    y.sum().backward()
+    return x.grad

@@ -1,0 +1,542 @@
+"""The kernel path: Function, mask, strides, in place, errors, raw ops, for each backend.
+
+On a GPU both backends run (`pytest -m gpu`). Without one the Triton kernels run in the interpreter:
+`TRITON_INTERPRET=1 pytest tests/test_kernels.py -m "not gpu"`.
+"""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import fused_act
+from fused_act import ops
+from fused_act.backends import DTYPES
+from tests import accuracy
+from tests.cases import (
+    CASES,
+    DEVICE,
+    INTERPRET,
+    LAYOUTS,
+    all_backends,
+    all_cases,
+    all_dtypes,
+    all_layouts,
+)
+
+
+@pytest.fixture(autouse=True)
+def forced(request, automatic_backend):
+    """Force the backend that the test is parametrized with."""
+    if "backend" in request.fixturenames:
+        with fused_act.use_backend(request.getfixturevalue("backend")):
+            yield
+    else:
+        yield
+
+
+def kernels(backend, case):
+    return ops.kernels(f"fused_act_{backend}")[case.name]
+
+
+def make(layout, dtype):
+    return LAYOUTS[layout](dtype=dtype, device=DEVICE)
+
+
+@all_cases
+@all_backends
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
+def test_every_16_bit_input(case, backend, dtype):
+    x = accuracy.all_finite(dtype).to(DEVICE).requires_grad_()
+    y = case.function(x)
+    (grad,) = torch.autograd.grad(y, x, torch.ones_like(y))
+    if INTERPRET and dtype is torch.bfloat16:
+        accuracy.check_interpreted_bf16(case, x, y, grad)
+        return
+    accuracy.check(case, "forward", x, y)
+    accuracy.check(case, "derivative", x, grad)
+
+
+@all_cases
+@all_backends
+def test_fp32_in_every_binade(case, backend):
+    x = accuracy.stratified_fp32(128 if INTERPRET else 4096).to(DEVICE).requires_grad_()
+    y = case.function(x)
+    (grad,) = torch.autograd.grad(y, x, torch.ones_like(y))
+    accuracy.check(case, "forward", x, y)
+    accuracy.check(case, "derivative", x, grad)
+
+
+@all_cases
+@all_backends
+@all_dtypes
+@all_layouts
+def test_layouts(case, backend, dtype, layout):
+    x = make(layout, dtype).requires_grad_()
+    expected = case.torch_function(x.detach())
+    for y in (case.function(x), case.function(x.detach())):
+        assert y.shape == x.shape
+        assert y.stride() == expected.stride()
+        accuracy.assert_near(case, "forward", y.detach(), x)
+    y = case.function(x)
+    # As torch makes them: of y's layout, transposed, expanded by sum().
+    for weight in (
+        torch.randn_like(y),
+        torch.randn(y.shape[::-1], dtype=dtype, device=DEVICE).permute(tuple(range(y.dim()))[::-1]),
+        torch.ones((), dtype=dtype, device=DEVICE).expand(y.shape),
+    ):
+        (grad,) = torch.autograd.grad(y, x, weight, retain_graph=True)
+        if layout != "expanded":
+            assert grad.stride() == torch.empty_like(x).stride()
+        accuracy.assert_near(case, "derivative", grad, x, weight)
+
+
+@all_cases
+@all_backends
+@all_dtypes
+def test_sizes_around_a_tile(case, backend, dtype):
+    for size in (1, 7, 8, 9, 15, 16, 17, 2047, 2048, 2049, 4095, 4096, 4097, 8193):
+        for offset in (0, 1):
+            x = 4 * torch.randn(size + offset, device=DEVICE).to(dtype)[offset:].requires_grad_()
+            y = case.function(x)
+            weight = torch.randn_like(y)
+            (grad,) = torch.autograd.grad(y, x, weight)
+            accuracy.assert_near(case, "forward", y.detach(), x)
+            accuracy.assert_near(case, "derivative", grad, x, weight)
+
+
+@all_cases
+@all_backends
+@all_dtypes
+def test_specials(case, backend, dtype):
+    info, inf = torch.finfo(dtype), float("inf")
+    values = [float("nan"), inf, -inf, 0.0, -0.0, 6.0, info.max, info.min, info.tiny, -info.tiny]
+    x = torch.tensor(values, dtype=dtype, device=DEVICE)
+    if INTERPRET and dtype is torch.bfloat16:
+        # It truncates the largest ones to the next smaller value; NaN and infinities it keeps.
+        x = x[:6]
+    x = x.requires_grad_()
+    y = case.function(x)
+    torch.testing.assert_close(y, case.torch_function(x), equal_nan=True)
+    (grad,) = torch.autograd.grad(y, x, torch.ones_like(y))
+    assert not grad[x.isfinite()].isnan().any()
+    if case.activation.saves_mask:
+        assert grad[0] == 1  # NaN passes the gradient on
+        assert grad[3:6].tolist() == [0, 0, 0]
+    else:
+        assert grad[0].isnan()
+
+
+@all_backends
+@all_dtypes
+def test_mask_is_one_bit_an_element_in_memory_order(backend, dtype):
+    x = torch.randn(3, 5, 7, 2, dtype=dtype, device=DEVICE)
+    x = (6 * x).contiguous(memory_format=torch.channels_last).requires_grad_()
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        fused_act.relu6(x)
+    assert sum(tensor.numel() * tensor.itemsize for tensor in saved) == -(-x.numel() // 8)
+    mask = next(tensor for tensor in saved if tensor.numel() > 0)
+    bits = mask.unsqueeze(1) >> torch.arange(8, dtype=torch.uint8, device=DEVICE) & 1
+    in_memory_order = x.detach().permute(0, 2, 3, 1).flatten()
+    expected = torch.zeros(8 * mask.numel(), dtype=torch.bool, device=DEVICE)
+    expected[: x.numel()] = (in_memory_order > 0) & (in_memory_order < 6)
+    assert torch.equal(bits.flatten().bool(), expected)
+
+
+@all_backends
+def test_relu6_gradient_that_does_not_pass_is_zero(backend):
+    x = torch.tensor([-1.0, 7.0, 3.0], device=DEVICE, requires_grad=True)
+    weight = torch.tensor([float("inf"), float("nan"), 2.0], device=DEVICE)
+    (grad,) = torch.autograd.grad(fused_act.relu6(x), x, weight)
+    assert grad.tolist() == [0.0, 0.0, 2.0]
+
+
+@all_cases
+@all_backends
+def test_saves_once(case, backend):
+    x = torch.randn(64, device=DEVICE, requires_grad=True)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        y = case.function(x)
+    storages = {t.untyped_storage().data_ptr() for t in saved if t.numel() > 0}
+    assert len(storages) == 1
+    if not case.activation.saves_mask:
+        assert storages == {x.untyped_storage().data_ptr()}
+    assert type(y.grad_fn).__name__.startswith(case.name.title())
+
+
+@all_cases
+@all_backends
+@all_dtypes
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "transposed", "empty"])
+def test_inplace(case, backend, dtype, layout):
+    leaf = make(layout, dtype).requires_grad_()
+    x = leaf * 1
+    version = x._version
+    y = case.function(x, inplace=True)
+    assert y is x
+    assert x._version > version
+    accuracy.assert_near(case, "forward", y.detach(), leaf)
+    weight = torch.randn_like(y)
+    (grad,) = torch.autograd.grad(y, leaf, weight)
+    accuracy.assert_near(case, "derivative", grad, leaf, weight)
+
+
+@all_cases
+@all_backends
+@all_layouts
+def test_inplace_without_grad(case, backend, layout):
+    x = make(layout, torch.float32)
+    before = x.clone()
+    version = x._version
+    if layout == "expanded":
+        with pytest.raises(RuntimeError, match="more than one element"):
+            case.function(x, inplace=True)
+        assert torch.equal(x, before)
+        return
+    assert case.function(x, inplace=True) is x
+    assert x._version > version
+    accuracy.assert_near(case, "forward", x, before)
+
+
+@all_cases
+@all_backends
+def test_inplace_refuses_what_torch_refuses(case, backend):
+    leaf = torch.randn(8, device=DEVICE, requires_grad=True)
+    before = leaf.detach().clone()
+    with pytest.raises(RuntimeError, match="leaf"):
+        case.function(leaf, inplace=True)
+    with pytest.raises(RuntimeError, match="leaf"):
+        case.function(leaf[2:], inplace=True)
+    assert torch.equal(leaf, before)
+    first, _ = (leaf * 1).split(4)
+    with pytest.raises(RuntimeError, match="multiple views"):
+        case.function(first, inplace=True)
+
+
+@all_cases
+@all_backends
+def test_inplace_on_a_view_reaches_its_base(case, backend):
+    def run(function):
+        leaf = torch.linspace(-8, 8, 12, device=DEVICE, requires_grad=True)
+        base = leaf * 1
+        function(base.view(3, 4)[1:], inplace=True)
+        return base, torch.autograd.grad(base.sum(), leaf)[0]
+
+    # swish without grad has no in-place op to compare with: compute it out of place.
+    def reference(view, inplace):
+        return view.copy_(case.torch_function(view.clone()))
+
+    for ours, theirs in zip(run(case.function), run(reference)):
+        torch.testing.assert_close(ours, theirs)
+
+
+@all_cases
+@all_backends
+def test_inplace_write_after_saving_is_caught(case, backend):
+    leaf = torch.randn(8, device=DEVICE, requires_grad=True)
+    x = leaf * 1
+    y = x.sigmoid().mul(x)  # saves x
+    case.function(x, inplace=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+@all_cases
+@all_backends
+def test_mutated_input_is_caught(case, backend):
+    leaf = torch.randn(8, device=DEVICE, requires_grad=True)
+    x = leaf * 1
+    y = case.function(x)
+    x.add_(1)
+    if case.activation.saves_mask:
+        y.sum().backward()  # the bits are still right: x was not saved
+    else:
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            y.sum().backward()
+
+
+@all_cases
+@all_backends
+@pytest.mark.parametrize("inplace", [False, True])
+def test_second_derivative(case, backend, inplace):
+    def run(function):
+        leaf = torch.linspace(-7, 9, 37, device=DEVICE, requires_grad=True)
+        y = function(leaf * 1, inplace=inplace) if inplace else function(leaf)
+        (first,) = torch.autograd.grad(y, leaf, torch.full_like(y, 2), create_graph=True)
+        (second,) = torch.autograd.grad(first.pow(2).sum(), leaf)
+        return first, second
+
+    def reference(x, inplace=False):
+        return case.torch_function(x)
+
+    for ours, theirs in zip(run(case.function), run(reference)):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+@all_cases
+@all_backends
+def test_second_derivative_through_grad_output(case, backend):
+    x = torch.linspace(-7, 9, 37, device=DEVICE, requires_grad=True)
+    weight = torch.ones_like(x, requires_grad=True)
+    (first,) = torch.autograd.grad(case.function(x), x, weight, create_graph=True)
+    (through_weight,) = torch.autograd.grad(first.sum(), weight)
+    expected = torch.autograd.grad(case.torch_function(x).sum(), x)[0]
+    torch.testing.assert_close(through_weight, expected, rtol=1e-4, atol=1e-5)
+
+
+@all_cases
+@all_backends
+def test_backward_twice(case, backend):
+    x = torch.randn(50, device=DEVICE, requires_grad=True)
+    y = case.function(x).sum()
+    first = torch.autograd.grad(y, x, retain_graph=True)[0]
+    assert torch.equal(first, torch.autograd.grad(y, x)[0])
+
+
+@all_cases
+@all_backends
+def test_transforms_go_to_torch(case, backend):
+    x = torch.randn(5, 3, device=DEVICE)
+    for transform in (
+        lambda f: torch.func.vmap(f)(x),
+        lambda f: torch.func.jvp(f, (x,), (torch.ones_like(x),))[1],
+        lambda f: torch.func.hessian(lambda t: f(t).sum())(x),
+    ):
+        assert torch.equal(transform(case.function), transform(case.torch_function))
+
+
+@all_cases
+@all_backends
+def test_negative_bit_views(case, backend):
+    x = torch.randn(9, dtype=torch.complex64, device=DEVICE).conj().imag
+    assert x.is_neg()
+    accuracy.assert_near(case, "forward", case.function(x), x.resolve_neg())
+
+
+@all_backends
+def test_module_trains(backend):
+    model = nn.Sequential(
+        nn.Conv2d(2, 3, 3), nn.ReLU6(inplace=True), nn.Conv2d(3, 3, 3), nn.Mish(), nn.SiLU()
+    ).to(DEVICE)
+    x = torch.randn(2, 2, 9, 9, device=DEVICE)
+
+    def gradients():
+        model.zero_grad()
+        model(x).square().mean().backward()
+        return [parameter.grad.clone() for parameter in model.parameters()]
+
+    expected = gradients()
+    fused_act.replace_activations(model)
+    for ours, theirs in zip(gradients(), expected):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
+@all_cases
+@all_backends
+@pytest.mark.parametrize(
+    ("x", "error", "match"),
+    [
+        (torch.zeros(3, dtype=torch.float64), TypeError, "takes float16, bfloat16, float32; x is"),
+        (torch.zeros(3, dtype=torch.int32), TypeError, "x is int32"),
+        (torch.zeros(3, dtype=torch.complex64), TypeError, "x is complex64"),
+        (torch.zeros(3, device="meta"), ValueError, "x is on meta"),
+        (torch.zeros(3, 3).to_sparse(), (TypeError, ValueError), "backend takes"),
+        ([1.0], TypeError, "expected x to be a Tensor, got list"),
+    ],
+    ids=["float64", "int32", "complex", "meta", "sparse", "list"],
+)
+def test_forced_backend_refuses(case, backend, x, error, match):
+    with pytest.raises(error, match=match):
+        case.function(x)
+
+
+@all_backends
+def test_forced_backend_refuses_subclasses(backend):
+    class Subclass(torch.Tensor):
+        pass
+
+    with pytest.raises(TypeError, match="plain tensors, got Subclass"):
+        fused_act.mish(torch.zeros(3, device=DEVICE).as_subclass(Subclass))
+
+
+@all_cases
+@all_backends
+def test_raw_ops_refuse_autograd(case, backend):
+    x = torch.randn(3, device=DEVICE, requires_grad=True)
+    table = kernels(backend, case)
+    with pytest.raises(RuntimeError, match=f"call fused_act.{case.name}"):
+        table.forward(x, *case.parameters)
+    with torch.no_grad():
+        accuracy.assert_near(case, "forward", table.forward(x, *case.parameters), x)
+
+
+@all_cases
+@all_backends
+def test_raw_backward_checks_its_arguments(case, backend):
+    x = torch.randn(4, 6, device=DEVICE)
+    table = kernels(backend, case)
+    if case.activation.saves_mask:
+        y, mask = table.forward_with_mask(x, *case.parameters)
+        assert mask.shape == (3,)
+        stride = list(y.stride())
+        for grad_output, bad_mask, bad_stride, error in (
+            (y.double(), mask, stride, TypeError),
+            (y, mask.float(), stride, TypeError),
+            (y, mask[:2], stride, ValueError),
+            (y, torch.zeros(6, dtype=torch.uint8, device=DEVICE)[::2], stride, ValueError),
+            (y, mask, [6], ValueError),
+            (y, mask, [7, 1], ValueError),
+            (y, mask.to("meta"), stride, ValueError),
+        ):
+            with pytest.raises(error, match=f"{case.name}_backward: expected"):
+                table.backward(grad_output, bad_mask, *case.parameters, bad_stride)
+        return
+    for grad_output, error in (
+        (torch.randn(4, 5, device=DEVICE), ValueError),
+        (torch.randn(1, 6, device=DEVICE), ValueError),
+        (torch.randn(4, 6, device=DEVICE, dtype=torch.float16), TypeError),
+        (torch.randn(4, 6, device="meta"), ValueError),
+    ):
+        with pytest.raises(error, match=f"{case.name}_backward: expected"):
+            table.backward(grad_output, x, *case.parameters)
+
+
+@all_cases
+@all_backends
+def test_raw_out_op(case, backend):
+    table = kernels(backend, case)
+    x = torch.randn(5, 7, device=DEVICE)
+    for out in (torch.empty(5, 7, device=DEVICE), torch.empty(7, 5, device=DEVICE).t()):
+        version = out._version
+        assert table.forward_out(x, *case.parameters, out=out) is None
+        assert out._version > version
+        accuracy.assert_near(case, "forward", out, x)
+    gapped = torch.full((5, 14), 77.0, device=DEVICE)
+    table.forward_out(x, *case.parameters, out=gapped[:, ::2])
+    accuracy.assert_near(case, "forward", gapped[:, ::2], x)
+    assert (gapped[:, 1::2] == 77).all()
+    for wrong, error in (
+        (torch.empty(5, 6, device=DEVICE), ValueError),
+        (torch.empty(5, 7, device=DEVICE, dtype=torch.float16), TypeError),
+    ):
+        with pytest.raises(error, match=f"{case.name}.out: expected"):
+            table.forward_out(x, *case.parameters, out=wrong)
+
+
+@all_cases
+@all_backends
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "gapped_permuted", "scalar"])
+def test_opcheck(case, backend, dtype, layout):
+    x = make(layout, dtype)
+    table, parameters = kernels(backend, case), case.parameters
+    y = torch.empty_like(x)
+    calls = [(table.forward, (x, *parameters), {}), (table.forward_out, (x, *parameters), {"out": y})]
+    if case.activation.saves_mask:
+        mask = table.forward_with_mask(x, *parameters)[1]
+        calls += [
+            (table.forward_with_mask, (x, *parameters), {}),
+            (table.forward_with_mask_out, (x, *parameters), {"out": y}),
+            (table.backward, (torch.randn_like(x), mask, *parameters, list(y.stride())), {}),
+        ]
+    else:
+        calls += [(table.backward, (torch.randn_like(x), x, *parameters), {})]
+    for op, args, kwargs in calls:
+        torch.library.opcheck(op, args, kwargs)
+
+
+@all_cases
+@all_backends
+def test_forced_backend_under_compile_is_one_opaque_op(case, backend):
+    torch._dynamo.reset()
+    graphs = []
+
+    def record(graph_module, inputs):
+        graphs.append(graph_module)
+        return graph_module
+
+    compiled = torch.compile(case.function, fullgraph=True, backend=record)
+    x = torch.randn(40, device=DEVICE)
+    accuracy.assert_near(case, "forward", compiled(x), x)
+    (call,) = [node for node in graphs[0].graph.nodes if node.op == "call_function"]
+    assert call.target is kernels(backend, case).forward
+    x.requires_grad_()
+    y = torch.compile(case.function, fullgraph=True, backend="aot_eager")(x)
+    (grad,) = torch.autograd.grad(y, x, torch.ones_like(y))
+    accuracy.assert_near(case, "derivative", grad, x)
+
+
+@all_backends
+def test_changing_the_backend_recompiles(backend):
+    torch._dynamo.reset()
+    graphs = []
+
+    def record(graph_module, inputs):
+        graphs.append(graph_module)
+        return graph_module
+
+    compiled = torch.compile(fused_act.silu, backend=record)
+    x = torch.randn(3, device=DEVICE)
+    compiled(x)
+    with fused_act.use_backend("torch"):
+        compiled(x)
+    assert len(graphs) == 2
+    assert F.silu in [node.target for node in graphs[1].graph.nodes]
+
+
+@pytest.mark.gpu
+@all_cases
+def test_auto_takes_a_kernel_on_a_gpu(case):
+    x = torch.randn(3, device="cuda", requires_grad=True)
+    assert type(case.function(x).grad_fn).__name__.startswith(case.name.title())
+
+
+@pytest.mark.gpu
+@all_cases
+@all_backends
+def test_cuda_graph_capture(case, backend):
+    x = torch.randn(4097, device="cuda", dtype=torch.bfloat16)
+    case.function(x)  # compiles and loads, which a capture must not
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = case.function(x)
+    for _ in range(3):
+        x.normal_()
+        graph.replay()
+        assert torch.equal(y, case.function(x))
+
+
+@pytest.mark.gpu
+@all_cases
+@all_backends
+def test_current_stream(case, backend):
+    x = torch.randn(2**20, device="cuda")
+    expected = case.function(x)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        late = torch.zeros_like(x)
+        torch.cuda._sleep(10_000_000)
+        late.copy_(x)
+        y = case.function(late)
+    stream.synchronize()
+    assert torch.equal(y, expected)
+
+
+@pytest.mark.gpu
+@all_backends
+@pytest.mark.parametrize("case", CASES[:1] + CASES[-1:], ids=str)
+def test_more_than_2_to_the_31_elements(case, backend):
+    numel = 2**31 + 4099
+    if torch.cuda.get_device_properties(0).total_memory < 6 * 2 * numel:
+        pytest.skip("needs 24 GiB of GPU memory")
+    x = torch.zeros(numel, device="cuda", dtype=torch.float16)
+    x[-5000:] = 4 * torch.randn(5000, device="cuda")
+    x.requires_grad_()
+    y = case.function(x)
+    (grad,) = torch.autograd.grad(y, x, torch.ones_like(y))
+    tail = x.detach()[-5000:]
+    accuracy.assert_near(case, "forward", y.detach()[-5000:], tail)
+    accuracy.assert_near(case, "derivative", grad[-5000:], tail)
