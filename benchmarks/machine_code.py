@@ -32,8 +32,9 @@ class Instruction:
     operands: str
 
     @property
-    def is_branch(self) -> bool:
-        return self.opcode.split(".")[0] in ("BRA", "EXIT", "RET", "BRX", "JMP")
+    def is_conditional(self) -> bool:
+        """`@P0 BRA 0x50`, or on newer targets `BRA.U UP0, 0x50`."""
+        return bool(self.predicate or re.match(r"!?U?P\d", self.operands))
 
     @property
     def target(self) -> int | None:
@@ -75,7 +76,7 @@ class Kernel:
                     break
                 target = instruction.target
                 if target is not None and index[target] > position:
-                    if not instruction.predicate:
+                    if not instruction.is_conditional:
                         position = index[target]
                         continue
                     unfinished.append((index[target], path))
@@ -181,7 +182,7 @@ def compile_triton(
         signature = {"grad_output_ptr": element, "saved_ptr": "*u8" if masked else element}
         signature |= {"grad_input_ptr": element} | common
         constants = {"DERIVATIVE": derivative, "FROM_MASK": masked}
-    constants |= {"BLOCK_SIZE": triton_kernels.BLOCK_SIZE}
+    constants |= {"BLOCK_SIZE": triton_kernels.block_size(dtype)}
     signature |= dict.fromkeys(constants, "constexpr")
     signature = {name: signature[name] for name in kernel.arg_names}
     aligned = {
@@ -205,7 +206,7 @@ def triton_kernel(
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(compiled.asm["cubin"])
         ((name, instructions),) = disassemble(path, capability).items()
-    elements = triton_kernels.BLOCK_SIZE // (32 * triton_kernels.NUM_WARPS)
+    elements = triton_kernels.block_size(dtype) // (32 * triton_kernels.NUM_WARPS)
     return Kernel(f"triton {activation.name} {name}", instructions, elements)
 
 

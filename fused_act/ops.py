@@ -27,7 +27,6 @@ from fused_act.activation import Activation
 from fused_act.activations import ACTIVATIONS
 from fused_act.backends import DTYPES, Kernels
 
-
 # The layout contract is in the fakes: Inductor must not pass or expect other strides.
 TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
 

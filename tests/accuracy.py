@@ -1,4 +1,4 @@
-"""How accurate is accurate: the inputs, and the one table of tolerances, in ULPs of the true value."""
+"""How accurate is accurate: inputs, and the one table of tolerances, in ULPs of the true value."""
 
 from __future__ import annotations
 

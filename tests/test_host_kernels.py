@@ -132,7 +132,9 @@ def test_fp32_in_every_binade(case, errors, host, record_property):
 def test_specials(case, dtype, host):
     info = torch.finfo(dtype)
     inf = float("inf")
-    x = torch.tensor([float("nan"), inf, -inf, 0.0, -0.0, info.max, info.min, info.tiny], dtype=dtype)
+    x = torch.tensor(
+        [float("nan"), inf, -inf, 0.0, -0.0, info.max, info.min, info.tiny], dtype=dtype
+    )
     for shift in range(8):  # every lane of a vector
         rolled = x.repeat(600).roll(shift)
         expected = case.torch_function(rolled)
@@ -217,5 +219,3 @@ def test_offsets_beyond_32_bits(case, dtype, host):
             ctypes.c_bool(masked),
         )
         assert torch.equal(grad, expected_grad)
-
-

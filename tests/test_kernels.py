@@ -433,7 +433,10 @@ def test_opcheck(case, backend, dtype, layout):
     x = make(layout, dtype)
     table, parameters = kernels(backend, case), case.parameters
     y = torch.empty_like(x)
-    calls = [(table.forward, (x, *parameters), {}), (table.forward_out, (x, *parameters), {"out": y})]
+    calls = [
+        (table.forward, (x, *parameters), {}),
+        (table.forward_out, (x, *parameters), {"out": y}),
+    ]
     if case.activation.saves_mask:
         mask = table.forward_with_mask(x, *parameters)[1]
         calls += [

@@ -6,8 +6,8 @@ Elfwing, Uchibe, Doya, "Sigmoid-Weighted Linear Units", 2017, arXiv:1702.03118.
 
 from __future__ import annotations
 
-import math
 import numbers
+import sys
 
 import torch
 import torch.nn.functional as F
@@ -65,7 +65,8 @@ def finite_float(beta: float) -> float:
     """`beta` as a float, or a clear error."""
     if not isinstance(beta, numbers.Real) or isinstance(beta, bool):
         raise TypeError(f"swish: expected beta to be a float, got {type(beta).__name__}")
-    if not math.isfinite(beta):
+    # Not math.isfinite, which Dynamo cannot trace for a beta that it makes symbolic.
+    if not -sys.float_info.max <= beta <= sys.float_info.max:
         raise ValueError(f"swish: expected beta to be finite, got {beta}")
     return float(beta)
 

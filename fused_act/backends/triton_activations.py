@@ -2,8 +2,9 @@
 
 `LOW` is true for 16-bit tensors, whose results need fewer bits: there e^x is scaled by 2^32, so
 that it does not underflow before the product with x does. fp32 has no bits to spare for the larger
-argument; it takes exp(x / 2) twice below -60 and puts the rounding error of x * log2(e) back.
-csrc/activations.cuh states the same math; tests hold both to a float64 oracle.
+argument; below -87, where e^x is subnormal and flushes, it takes e^(x/2) twice, and it puts the
+rounding error of x * log2(e) back. csrc/activations.cuh states the same math; tests hold both to a
+float64 oracle.
 """
 
 import triton
@@ -16,6 +17,7 @@ LOG2E = tl.constexpr(1.4426950408889634)
 LOG2E_HIGH = tl.constexpr(1.44269502162933349609375)  # LOG2E in fp32
 LOG2E_LOW = tl.constexpr(1.92596299112661746887e-8)  # what that leaves out
 LN2 = tl.constexpr(0.6931471805599453)
+TAIL = tl.constexpr(-87.0)
 TWO_32 = tl.constexpr(4294967296.0)
 TWO_33 = tl.constexpr(8589934592.0)
 TWO_65 = tl.constexpr(36893488147419103232.0)
@@ -45,15 +47,22 @@ def reciprocal_approx(x):
 
 
 @triton.jit
-def exp_compensated(x):
-    """e^x in fp32 within 3 ULP, for finite results."""
-    if INTERPRET:
-        return tl.exp(x)  # its tl.fma rounds twice, which loses the compensation
+def product_error(a, b, product):
+    """What rounding took from the product of a and b."""
+    if INTERPRET:  # its tl.fma rounds twice, and a scalar there is a Python float
+        b = tl.full((), b, tl.float32).to(tl.float64)
+        return (a.to(tl.float64) * b - product.to(tl.float64)).to(tl.float32)
     else:
-        t = x * LOG2E_HIGH
-        low = tl.fma(x, LOG2E_HIGH, -t) + x * LOG2E_LOW
-        e = exp2_approx(t)
-        return tl.fma(e, low * LN2, e)
+        return tl.fma(a, b, -product)
+
+
+@triton.jit
+def exp_compensated(x, x_low):
+    """e^(x + x_low) in fp32 within 3 ULP, for finite results."""
+    t = x * LOG2E_HIGH
+    t_low = product_error(x, LOG2E_HIGH, t) + x * LOG2E_LOW
+    e = exp2_approx(t)
+    return tl.fma(e, tl.fma(t_low, LN2, x_low), e)
 
 
 @triton.jit
@@ -74,9 +83,9 @@ def mish_forward(x, LOW: tl.constexpr):
         return x * (n * reciprocal_approx(n + TWO_65))
     else:
         clamped = clamp(x, -240.0, 20.0)
-        tail = clamped < -60.0
-        e = exp_compensated(tl.where(tail, 0.5 * clamped, clamped))
-        n = e * (e + 2.0)
+        tail = clamped < TAIL
+        e = exp_compensated(tl.where(tail, 0.5 * clamped, clamped), 0.0)
+        n = tl.fma(e, e, e + e)
         return tl.where(tail, (x * e) * e, x * (n * reciprocal_approx(n + 2.0)))
 
 
@@ -90,12 +99,23 @@ def mish_derivative(x, LOW: tl.constexpr):
         return r * tl.fma((clamped * r) * (e * (e + TWO_32)), TWO_66, n)
     else:
         clamped = clamp(x, -240.0, 20.0)
-        tail = clamped < -60.0
-        e = exp_compensated(tl.where(tail, 0.5 * clamped, clamped))
-        n = e * (e + 2.0)
+        tail = clamped < TAIL
+        e = exp_compensated(tl.where(tail, 0.5 * clamped, clamped), 0.0)
+        n = tl.fma(e, e, e + e)
         r = reciprocal_approx(n + 2.0)
         bulk = r * tl.fma(4.0 * clamped * r, tl.fma(e, e, e), n)
         return tl.where(tail, ((1.0 + clamped) * e) * e, bulk)
+
+
+@triton.jit
+def swish_argument(x, beta):
+    """beta x, clamped to where the exponential is finite, and what rounding took from it.
+
+    Without the latter the result is off by beta x / 2 ULP.
+    """
+    z = x * beta
+    clamped = clamp(z, -240.0, 128.0)
+    return clamped, tl.where(clamped == z, product_error(x, beta, z), 0.0)
 
 
 @triton.jit
@@ -104,9 +124,9 @@ def swish_forward(x, beta, LOW: tl.constexpr):
         e = exp2_approx(x * (beta * -LOG2E) - 32.0)
         return x * (reciprocal_approx(e + 1.0 / TWO_32) * (1.0 / TWO_32))
     else:
-        z = clamp(x * beta, -240.0, 128.0)
-        tail = z < -60.0
-        e = exp_compensated(tl.where(tail, 0.5 * z, -z))
+        z, z_low = swish_argument(x, beta)
+        tail = z < TAIL
+        e = exp_compensated(tl.where(tail, 0.5 * z, -z), tl.where(tail, 0.5 * z_low, -z_low))
         return tl.where(tail, (x * e) * e, x * reciprocal_approx(1.0 + e))
 
 
@@ -118,9 +138,9 @@ def swish_derivative(x, beta, LOW: tl.constexpr):
         r = reciprocal_approx(e + 1.0 / TWO_32)
         return (r * tl.fma(z, e * r, 1.0)) * (1.0 / TWO_32)
     else:
-        z = clamp(x * beta, -240.0, 128.0)
-        tail = z < -60.0
-        e = exp_compensated(tl.where(tail, 0.5 * z, -z))
+        z, z_low = swish_argument(x, beta)
+        tail = z < TAIL
+        e = exp_compensated(tl.where(tail, 0.5 * z, -z), tl.where(tail, 0.5 * z_low, -z_low))
         s = reciprocal_approx(1.0 + e)
         return tl.where(tail, ((1.0 + z) * e) * e, s * tl.fma(z, e * s, 1.0))
 

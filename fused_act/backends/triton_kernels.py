@@ -14,9 +14,9 @@ from torch import Tensor
 from fused_act import ops
 from fused_act.backends import triton_activations
 
-# 128 threads with two 16-byte loads of 16-bit elements in flight each, four of fp32.
-BLOCK_SIZE = 2048
+# 32 bytes a thread: two 16-byte loads in flight for each input.
 NUM_WARPS = 4
+BYTES_PER_BLOCK = 32 * 32 * NUM_WARPS
 
 
 @triton.jit
@@ -138,8 +138,18 @@ def backward_kernel(
         )  # fmt: skip
 
 
-def grid(numel: int) -> tuple[int]:
-    return (triton.cdiv(numel, BLOCK_SIZE),)
+def block_size(dtype: torch.dtype) -> int:
+    """Elements that a program handles."""
+    return BYTES_PER_BLOCK // dtype.itemsize
+
+
+def launch(kernel, x: Tensor, *arguments) -> None:
+    """Launch `kernel`, whose last argument is the block size, over the elements of `x`."""
+    numel = x.numel()
+    if numel > 0:
+        size = block_size(x.dtype)
+        with torch.cuda.device_of(x):
+            kernel[(triton.cdiv(numel, size),)](*arguments, size, num_warps=NUM_WARPS)
 
 
 def with_layout_of(like: Tensor, x: Tensor) -> Tensor:
@@ -155,12 +165,7 @@ def implementations(activation) -> dict:
 
     def run(x, y, mask, parameters):
         x = with_layout_of(y, x)
-        if x.numel() > 0:
-            with torch.cuda.device_of(x):
-                forward_kernel[grid(x.numel())](
-                    x, y, mask, x.numel(), parameters, FORWARD, DERIVATIVE, BLOCK_SIZE,
-                    num_warps=NUM_WARPS,
-                )  # fmt: skip
+        launch(forward_kernel, x, x, y, mask, x.numel(), parameters, FORWARD, DERIVATIVE)
 
     def run_out(x, out, mask, parameters):
         ops.check(name, x, out)
@@ -196,12 +201,17 @@ def implementations(activation) -> dict:
 
     def run_backward(grad_output, saved, grad_input, parameters):
         grad_output = with_layout_of(grad_input, grad_output)
-        if grad_input.numel() > 0:
-            with torch.cuda.device_of(grad_input):
-                backward_kernel[grid(grad_input.numel())](
-                    grad_output, saved, grad_input, grad_input.numel(), parameters, DERIVATIVE,
-                    activation.saves_mask, BLOCK_SIZE, num_warps=NUM_WARPS,
-                )  # fmt: skip
+        launch(
+            backward_kernel,
+            grad_output,
+            grad_output,
+            saved,
+            grad_input,
+            grad_output.numel(),
+            parameters,
+            DERIVATIVE,
+            activation.saves_mask,
+        )
         return grad_input
 
     def backward(grad_output, x, *parameters):

@@ -1,0 +1,143 @@
+"""The built extension: what it links, what it exports, and that a CPU build of torch loads it."""
+
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+from fused_act import ops
+from fused_act.activations import ACTIVATIONS
+from fused_act.backends import cuda, get
+
+ROOT = Path(__file__).parent.parent
+
+built = pytest.mark.skipif(cuda.extension() is None, reason="needs the CUDA extension")
+
+
+def readelf(*flags):
+    return subprocess.run(
+        ["readelf", *flags, str(cuda.extension())], check=True, capture_output=True, text=True
+    ).stdout
+
+
+@built
+@pytest.mark.skipif(shutil.which("readelf") is None, reason="needs readelf")
+def test_links_torch_but_not_its_cuda_part():
+    """A dropped libtorch would leave the stream symbol null on a GPU machine."""
+    needed = re.findall(r"\(NEEDED\).*\[(\S+)\]", readelf("-d"))
+    assert "libtorch.so" in needed
+    assert "libtorch_cpu.so" in needed
+    assert not [name for name in needed if "cuda" in name or "c10" in name or "python" in name]
+
+
+@built
+@pytest.mark.skipif(shutil.which("readelf") is None, reason="needs readelf")
+def test_takes_only_stable_symbols():
+    undefined = re.findall(r"(GLOBAL|WEAK)\s+DEFAULT\s+UND\s+(\S+)", readelf("-W", "--dyn-syms"))
+    bindings = {name.partition("@")[0]: binding for binding, name in undefined}
+    assert bindings["aoti_torch_get_current_cuda_stream"] == "WEAK"
+    mangled = [name for name in bindings if re.search(r"(2at|3c10|5torch)\d", name)]
+    assert mangled == []
+    assert not [name for name in bindings if name.startswith("Py")]
+
+
+@built
+def test_loads_on_any_torch_and_implements_every_op():
+    cuda.load()
+    for activation in ACTIVATIONS:
+        for schema in ops.schemas(activation).values():
+            name = f"fused_act_cuda::{schema.partition('(')[0]}"
+            assert torch._C._dispatch_has_kernel_for_dispatch_key(name, "CUDA"), name
+
+
+@built
+def test_refuses_cpu_tensors_clearly():
+    cuda.load()
+    x = torch.zeros(3)
+    with pytest.raises(ValueError, match=r"mish: expected a tensor on cuda.*got cpu"):
+        torch.ops.fused_act_cuda.mish(x)
+    with torch.inference_mode(), pytest.raises(NotImplementedError, match="'CPU' backend"):
+        torch.ops.fused_act_cuda.mish(torch.zeros(3))
+
+
+@built
+def test_unavailable_without_a_gpu_says_so():
+    if torch.cuda.is_available():
+        pytest.skip("has a GPU")
+    assert "no CUDA GPU" in get("cuda").unavailable()
+
+
+def fake_extension(monkeypatch, path):
+    monkeypatch.setattr(cuda, "extension", lambda: path)
+
+
+def test_missing_extension_names_the_cure(monkeypatch):
+    fake_extension(monkeypatch, None)
+    assert "FUSED_ACT_BUILD_CUDA=1 pip install --no-build-isolation" in cuda.unavailable()
+
+
+def test_truncated_extension_names_the_cure(monkeypatch, tmp_path):
+    path = tmp_path / "_C.abi3.so"
+    path.write_bytes(b"\x7fELF not much more")
+    fake_extension(monkeypatch, path)
+    assert "does not load" in cuda.unavailable()
+    assert "FUSED_ACT_BUILD_CUDA=1" in cuda.unavailable()
+
+
+def test_torch_is_checked_before_the_extension_is_loaded(monkeypatch, tmp_path):
+    fake_extension(monkeypatch, tmp_path / "_C.abi3.so")
+    monkeypatch.setattr(torch, "__version__", "2.9.1+cu128")
+    assert "needs torch 2.10 or newer, this is torch 2.9.1" in cuda.unavailable()
+
+
+def build(tmp_path, **environment):
+    """Build a wheel of a copy of the sources and return pip's output and the wheel."""
+    source = tmp_path / "source"
+    shutil.copytree(
+        ROOT,
+        source,
+        ignore=shutil.ignore_patterns(".git", ".venv", "build", "*.so", "tests", "*.egg-info"),
+    )
+    command = [sys.executable, "-m", "pip", "wheel", "-v", "--no-deps", "--no-build-isolation"]
+    result = subprocess.run(
+        [*command, "-w", str(tmp_path), str(source)],
+        env={"PATH": "/usr/bin:/bin", "HOME": str(tmp_path)} | environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return result, next(tmp_path.glob("*.whl"), None)
+
+
+def test_pure_wheel(tmp_path):
+    result, wheel = build(tmp_path, FUSED_ACT_BUILD_CUDA="0")
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert wheel.name.endswith("py3-none-any.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    assert "fused_act/activations/mish.py" in names
+    assert "fused_act/py.typed" in names
+    assert not [
+        name for name in names if name.endswith(".so") or name.startswith(("tests", "csrc"))
+    ]
+
+
+def test_build_without_nvcc_says_what_it_left_out(tmp_path):
+    nowhere = str(tmp_path / "no_cuda")  # hides an nvcc that is here
+    result, wheel = build(tmp_path, CUDA_HOME=nowhere)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "building without the CUDA extension: nvcc is neither" in result.stdout
+    assert wheel.name.endswith("py3-none-any.whl")
+    demanded, _ = build(tmp_path / "again", FUSED_ACT_BUILD_CUDA="1", CUDA_HOME=nowhere)
+    assert demanded.returncode != 0
+    assert "was demanded but nvcc is neither" in demanded.stdout + demanded.stderr
+
+
+def test_wrong_build_setting_is_named(tmp_path):
+    result, _ = build(tmp_path, FUSED_ACT_BUILD_CUDA="yes")
+    assert result.returncode != 0
+    assert "expected 0, 1 or auto, got 'yes'" in result.stdout + result.stderr
