@@ -2,13 +2,16 @@
 //
 // T is the tensor's element. 16-bit results need fewer bits: there e^x is scaled by 2^32, so that
 // it does not underflow before the product with x does. fp32 has no bits to spare for the larger
-// argument; it takes exp(x / 2) twice below -60. fused_act/backends/triton_activations.py states
-// the same math; tests hold both to a float64 oracle.
+// argument; below -87, where e^x is subnormal and flushes, it takes e^(x/2) twice.
+// fused_act/backends/triton_activations.py states the same math; tests hold both to a float64
+// oracle.
 #pragma once
 
 #include "math.cuh"
 
 namespace fused_act {
+
+constexpr float kTail = -87.0f;
 
 // y = x * tanh(softplus(x)), arXiv:1908.08681. With e = e^x, n = e (e + 2), r = 1 / (n + 2):
 //   y = x n r,   y' = r (n + 4 x r (e^2 + e)).
@@ -23,9 +26,9 @@ struct Mish {
       return x * (n * reciprocal_approx(n + 0x1p65f));
     } else {
       const float clamped = clamp(x, -240.0f, 20.0f);
-      const bool tail = clamped < -60.0f;
-      const float e = exp_compensated(tail ? 0.5f * clamped : clamped);
-      const float n = e * (e + 2.0f);
+      const bool tail = clamped < kTail;
+      const float e = exp_compensated(tail ? 0.5f * clamped : clamped, 0.0f);
+      const float n = fmaf(e, e, e + e);
       return tail ? (x * e) * e : x * (n * reciprocal_approx(n + 2.0f));
     }
   }
@@ -39,9 +42,9 @@ struct Mish {
       return r * fmaf((clamped * r) * (e * (e + 0x1p32f)), 0x1p66f, n);
     } else {
       const float clamped = clamp(x, -240.0f, 20.0f);
-      const bool tail = clamped < -60.0f;
-      const float e = exp_compensated(tail ? 0.5f * clamped : clamped);
-      const float n = e * (e + 2.0f);
+      const bool tail = clamped < kTail;
+      const float e = exp_compensated(tail ? 0.5f * clamped : clamped, 0.0f);
+      const float n = fmaf(e, e, e + e);
       const float r = reciprocal_approx(n + 2.0f);
       const float bulk = r * fmaf(4.0f * clamped * r, fmaf(e, e, e), n);
       return tail ? ((1.0f + clamped) * e) * e : bulk;
@@ -55,14 +58,26 @@ struct Swish {
   static constexpr bool kLow = sizeof(T) == 2;
   float beta;
 
+  struct Sum {
+    float high, low;
+  };
+
+  // beta x, clamped to where the exponential is finite, and what rounding took from it: without
+  // that the result is off by beta x / 2 ULP.
+  __host__ __device__ Sum argument(float x) const {
+    const float z = x * beta;
+    const float clamped = clamp(z, -240.0f, 128.0f);
+    return {clamped, clamped == z ? fmaf(x, beta, -z) : 0.0f};
+  }
+
   __host__ __device__ float forward(float x) const {
     if constexpr (kLow) {
       const float e = exp2_approx(fmaf(x, beta * -kLog2e, -32.0f));
       return x * (reciprocal_approx(e + 0x1p-32f) * 0x1p-32f);
     } else {
-      const float z = clamp(x * beta, -240.0f, 128.0f);
-      const bool tail = z < -60.0f;
-      const float e = exp_compensated(tail ? 0.5f * z : -z);
+      const auto [z, z_low] = argument(x);
+      const bool tail = z < kTail;
+      const float e = exp_compensated(tail ? 0.5f * z : -z, tail ? 0.5f * z_low : -z_low);
       return tail ? (x * e) * e : x * reciprocal_approx(1.0f + e);
     }
   }
@@ -74,9 +89,9 @@ struct Swish {
       const float r = reciprocal_approx(e + 0x1p-32f);
       return (r * fmaf(z, e * r, 1.0f)) * 0x1p-32f;
     } else {
-      const float z = clamp(x * beta, -240.0f, 128.0f);
-      const bool tail = z < -60.0f;
-      const float e = exp_compensated(tail ? 0.5f * z : -z);
+      const auto [z, z_low] = argument(x);
+      const bool tail = z < kTail;
+      const float e = exp_compensated(tail ? 0.5f * z : -z, tail ? 0.5f * z_low : -z_low);
       const float s = reciprocal_approx(1.0f + e);
       return tail ? ((1.0f + z) * e) * e : s * fmaf(z, e * s, 1.0f);
     }

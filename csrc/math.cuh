@@ -20,10 +20,21 @@ constexpr float kLog2eLow = 1.92596299112661746887e-8f;  // log2(e) less what fp
 constexpr float kLn2 = 0.6931471805599453f;
 
 #if !defined(__CUDA_ARCH__)
-// The relative errors that a host run adds to 2^x and 1 / x, in units of 2^-23. The tests set them
-// to what the hardware may be off by: 2 and 1.
-inline float exp2_error = 0.0f;
-inline float reciprocal_error = 0.0f;
+// The errors that a host run adds to 2^x and 1 / x, in ULP. The tests set them to what the hardware
+// may be off by: 2 and 1.
+inline int exp2_error = 0;
+inline int reciprocal_error = 0;
+
+inline float add_ulps(float x, int ulps) {
+  if (!std::isnormal(x)) {
+    return x;
+  }
+  int32_t bits;
+  std::memcpy(&bits, &x, sizeof(bits));
+  bits += ulps;
+  std::memcpy(&x, &bits, sizeof(bits));
+  return x;
+}
 
 inline float flush_subnormal(float x) {
   return std::fabs(x) < 0x1p-126f ? std::copysign(0.0f, x) : x;
@@ -37,8 +48,8 @@ __host__ __device__ __forceinline__ float exp2_approx(float x) {
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 #else
-  double y = std::exp2(static_cast<double>(x)) * (1.0 + exp2_error * 0x1p-23);
-  return flush_subnormal(static_cast<float>(y));
+  const float y = static_cast<float>(std::exp2(static_cast<double>(x)));
+  return flush_subnormal(add_ulps(y, exp2_error));
 #endif
 }
 
@@ -49,8 +60,8 @@ __host__ __device__ __forceinline__ float reciprocal_approx(float x) {
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 #else
-  double y = 1.0 / static_cast<double>(flush_subnormal(x)) * (1.0 + reciprocal_error * 0x1p-23);
-  return flush_subnormal(static_cast<float>(y));
+  const float y = static_cast<float>(1.0 / static_cast<double>(flush_subnormal(x)));
+  return flush_subnormal(add_ulps(y, reciprocal_error));
 #endif
 }
 
@@ -79,12 +90,12 @@ __host__ __device__ __forceinline__ float clamp(float x, float minimum, float ma
   return clamp_max(clamp_min(x, minimum), maximum);
 }
 
-// e^x within 3 ULP: the rounding error of x * log2(e) is computed and put back.
-__host__ __device__ __forceinline__ float exp_compensated(float x) {
+// e^(x + x_low) within 3 ULP: the rounding error of x * log2(e) is computed and put back.
+__host__ __device__ __forceinline__ float exp_compensated(float x, float x_low) {
   const float t = x * kLog2e;
-  const float low = fmaf(x, kLog2eLow, fmaf(x, kLog2e, -t));
+  const float t_low = fmaf(x, kLog2eLow, fmaf(x, kLog2e, -t));
   const float e = exp2_approx(t);
-  return fmaf(e, low * kLn2, e);
+  return fmaf(e, fmaf(t_low, kLn2, x_low), e);
 }
 
 }  // namespace fused_act
