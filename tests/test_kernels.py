@@ -108,6 +108,22 @@ def test_sizes_around_a_tile(case, backend, dtype):
 @all_cases
 @all_backends
 @all_dtypes
+def test_nothing_outside_the_output_is_written(case, backend, dtype):
+    guard = 4096
+    for size in (1, 9, 1023, 1025, 2040, 2047, 2049, 4095, 4097):
+        x = 4 * torch.randn(size, device=DEVICE).to(dtype)
+        for offset in (0, 1, 3):
+            buffer = torch.full((size + 2 * guard,), 77, dtype=dtype, device=DEVICE)
+            out = buffer[guard + offset : guard + offset + size]
+            kernels(backend, case).forward_out(x, *case.parameters, out=out)
+            accuracy.assert_near(case, "forward", out, x)
+            assert (buffer[: guard + offset] == 77).all()
+            assert (buffer[guard + offset + size :] == 77).all()
+
+
+@all_cases
+@all_backends
+@all_dtypes
 def test_specials(case, backend, dtype):
     info, inf = torch.finfo(dtype), float("inf")
     values = [float("nan"), inf, -inf, 0.0, -0.0, 6.0, info.max, info.min, info.tiny, -info.tiny]
