@@ -96,8 +96,8 @@ class Kernel:
         return [width(i) for i in self.hot_path() if i.opcode.split(".")[0] == opcode]
 
     def spills(self) -> int:
-        """Accesses to local memory, where spilled registers go."""
-        return sum(i.opcode.split(".")[0] in ("LDL", "STL") for i in self.instructions)
+        """Accesses on the hot path to local memory, where spilled registers go."""
+        return sum(i.opcode.split(".")[0] in ("LDL", "STL") for i in self.hot_path())
 
 
 def width(instruction: Instruction) -> int | None:
@@ -232,7 +232,7 @@ def cuda_kernel(
     element = re.escape(CUDA_TYPES[dtype])
     pattern = (
         rf"{direction}_kernel<{16 // itemsize}, {str(masked).lower()}, "
-        rf"fused_act::{activation.name}<{element}>"
+        rf"fused_act::{activation.name.replace('_', '')}<{element}>"
     )
     ((name, instructions),) = (
         (name, instructions)

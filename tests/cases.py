@@ -48,20 +48,17 @@ def torch_swish(x: Tensor, beta: float, inplace: bool = False) -> Tensor:
 TORCH_FUNCTIONS = {"mish": F.mish, "relu6": F.relu6, "swish": torch_swish}
 
 
-def bind(function, parameters: tuple[float, ...]):
-    """`function` with its parameters fixed; they follow `x`."""
-    if not parameters:
-        return function
-    (beta,) = parameters
-    return functools.partial(function, beta=beta)
+def bind(function, activation: Activation, parameters: tuple[float, ...]):
+    """`function` with its parameters fixed."""
+    return functools.partial(function, **dict(zip(activation.parameters, parameters)))
 
 
 CASES = [
     Case(
         activation,
         parameters,
-        bind(getattr(fused_act, activation.name), parameters),
-        bind(TORCH_FUNCTIONS[activation.name], parameters),
+        bind(getattr(fused_act, activation.name), activation, parameters),
+        bind(TORCH_FUNCTIONS[activation.name], activation, parameters),
     )
     for activation in ACTIVATIONS
     for parameters in PARAMETERS.get(activation.name, [()])

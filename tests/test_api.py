@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import fused_act
+from fused_act.activations import MISH, RELU6, SWISH
 from fused_act.backends import get
 from tests.cases import all_cases
 
@@ -75,11 +76,7 @@ def test_beta_must_be_a_finite_float(beta, error):
 
 @all_cases
 def test_function_applies_on_cpu(case):
-    Function = {
-        "mish": fused_act.MishFunction,
-        "swish": fused_act.SwishFunction,
-        "relu6": fused_act.ReLU6Function,
-    }[case.name]
+    Function = case.activation.Function
     x = torch.linspace(-8, 8, 65, requires_grad=True)
     y = Function.apply(x, *case.parameters)
     expected = case.torch_function(x)
@@ -87,6 +84,15 @@ def test_function_applies_on_cpu(case):
     weight = torch.randn(65)
     (grad,) = torch.autograd.grad(y, x, weight)
     torch.testing.assert_close(grad, torch.autograd.grad(expected, x, weight)[0])
+
+
+def test_public_functions():
+    assert issubclass(fused_act.MishFunction, torch.autograd.Function)
+    assert fused_act.MishFunction is MISH.Function
+    assert fused_act.SwishFunction is SWISH.Function
+    assert fused_act.ReLU6Function is RELU6.Function
+    for name in fused_act.__all__:
+        assert getattr(fused_act, name).__doc__, name
 
 
 @all_cases

@@ -21,6 +21,14 @@ BUDGET_16_BIT = {"mish": (18, 24), "swish": (14, 18), "relu6": (13, 10)}
 # fp32 moves twice the bytes and may spend as much again.
 BUDGET_FP32 = {"mish": (28, 36), "swish": (28, 36), "relu6": (16, 11)}
 
+# Whose 16-bit kernels clamp; a test that found no clamp would prove nothing.
+CLAMPED = {
+    ("mish", "forward"),
+    ("mish", "backward"),
+    ("swish", "backward"),
+    ("relu6", "forward"),
+}
+
 CAPABILITIES = {"triton": (80, 90, 100, 120), "cuda": (80, 86, 89, 90, 100, 120)}
 BACKENDS = [
     pytest.param(
@@ -102,8 +110,7 @@ def test_clamps_let_nan_through(backend, activation, direction, masked, dtype):
         kernel = compiled(backend, activation, direction, dtype, capability, masked)
         clamps = {one.opcode for one in kernel.hot_path() if "MNMX" in one.opcode}
         assert all(".NAN" in opcode for opcode in clamps)
-        if activation.name != "swish" or direction == "backward":
-            assert clamps
+        assert clamps or (activation.name, direction) not in CLAMPED
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -132,20 +139,25 @@ def test_parser_sees_predicates_widths_and_branches():
     text = """
         Function : demo
         /*0000*/                   ISETP.GE.AND P0, PT, R0, R2, PT ;
-        /*0010*/               @P0 BRA 0x50 ;
+        /*0010*/               @P0 BRA 0x60 ;
         /*0020*/                   LDG.E.128 R8, desc[UR4][R14.64] ;
-        /*0030*/                   STG.E.128 desc[UR4][R2.64], R8 ;
-        /*0040*/                   EXIT ;
-        /*0050*/                   LDG.E.U16 R8, desc[UR4][R14.64] ;
-        /*0060*/                   STL [R1], R8 ;
+        /*0030*/                   STL [R1], R8 ;
+        /*0040*/                   STG.E.128 desc[UR4][R2.64], R8 ;
+        /*0050*/                   EXIT ;
+        /*0060*/                   LDG.E.U16 R8, desc[UR4][R14.64] ;
         /*0070*/                   EXIT ;
         /*0080*/                   BRA 0x80;
     """
     ((name, instructions),) = machine_code.parse_sass(text).items()
-    kernel = machine_code.Kernel(name, instructions, elements_per_thread=5)
-    assert [one.opcode for one in kernel.hot_path()][2:] == ["LDG.E.128", "STG.E.128", "EXIT"]
+    kernel = machine_code.Kernel(name, instructions, elements_per_thread=6)
+    assert [one.opcode for one in kernel.hot_path()][2:] == [
+        "LDG.E.128",
+        "STL",
+        "STG.E.128",
+        "EXIT",
+    ]
     assert kernel.instructions_per_element() == 1
     assert kernel.accesses("LDG") == [128]
     assert kernel.spills() == 1
     assert instructions[1].predicate == "@P0"
-    assert instructions[1].target == 0x50
+    assert instructions[1].target == 0x60
