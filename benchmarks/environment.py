@@ -29,7 +29,8 @@ def default_device() -> torch.device:
 def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{cpu_name()} (CPU, {torch.get_num_threads()} thread(s))"
+    threads = torch.get_num_threads()
+    return f"{cpu_name()} (CPU, {threads} thread{'s' if threads > 1 else ''})"
 
 
 def cpu_name() -> str:

@@ -1,0 +1,557 @@
+"""A first look at fused_act: train small networks with it, draw its functions, time its backends.
+
+    python -m benchmarks.demo
+
+Each network is trained twice from the same start: with torch's own activation modules, and with
+fused_act's in their place. Takes about a minute on a CPU; where a CUDA GPU is, all runs there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import csv
+import dataclasses
+import itertools
+import math
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MultipleLocator
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+from tabulate import tabulate
+from torch import Tensor, nn
+from torch.utils.benchmark import Timer
+from tqdm import tqdm
+
+import fused_act
+from benchmarks.environment import default_device, device_name
+from benchmarks.networks import digits_network
+from benchmarks.providers import NAIVE
+from fused_act import backends
+from fused_act.backends.triton import INTERPRET
+
+BATCH_SIZE = 64
+LEARNING_RATE = 0.1  # the peak of its one cycle
+
+TIMED = {"cpu": (2**20, torch.float32), "cuda": (2**26, torch.bfloat16)}
+TIMING_ROUNDS = 9
+DIRECTIONS = ("forward", "forward\n+ backward")
+OWN, COMPILED, COMPILED_OWN = "torch's own op", "compiled fused_act", "compiled torch op"
+
+# From the palette of Okabe and Ito, whose colours all readers can tell apart.
+BLUE, VERMILLION, GREEN = "#0072B2", "#D55E00", "#009E73"
+STYLE = {"font.size": 9, "axes.titlesize": 9.5, "lines.linewidth": 1.8, "savefig.dpi": 200}
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One activation: fused_act's, torch's own, and the formula as it is typed without them."""
+
+    name: str
+    formula: str
+    function: Callable[[Tensor], Tensor]
+    torch_function: Callable[[Tensor], Tensor]
+    torch_module: type[nn.Module]
+    naive: Callable[[Tensor], Tensor]
+    color: str
+    window: tuple[float, float, float, float]  # of its picture: left, right, bottom, top
+
+
+CASES = (
+    Case(
+        name="ReLU6",
+        formula=r"$\min(\max(x, 0), 6)$",
+        function=fused_act.relu6,
+        torch_function=F.relu6,
+        torch_module=nn.ReLU6,
+        naive=NAIVE["relu6"],
+        color=BLUE,
+        window=(-4, 10, -0.7, 7),
+    ),
+    Case(
+        name="Swish",
+        formula=r"$x\,\mathrm{sigmoid}(x)$",
+        function=fused_act.swish,
+        torch_function=F.silu,
+        torch_module=nn.SiLU,
+        naive=NAIVE["swish"],
+        color=VERMILLION,
+        window=(-5, 3, -0.7, 3),
+    ),
+    Case(
+        name="Mish",
+        formula=r"$x\,\tanh(\mathrm{softplus}(x))$",
+        function=fused_act.mish,
+        torch_function=F.mish,
+        torch_module=nn.Mish,
+        naive=NAIVE["mish"],
+        color=GREEN,
+        window=(-5, 3, -0.7, 3),
+    ),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Digits:
+    """scikit-learn's handwritten digits: images in [0, 1] and their labels, 0 to 9."""
+
+    train_images: Tensor
+    train_labels: Tensor
+    test_images: Tensor
+    test_labels: Tensor
+
+    @classmethod
+    def load(cls, device: torch.device) -> Digits:
+        images, labels = load_digits(return_X_y=True)
+        images = images.reshape(-1, 1, 8, 8).astype(np.float32) / 16
+        train_images, test_images, train_labels, test_labels = train_test_split(
+            images, labels, test_size=0.25, stratify=labels, random_state=0
+        )
+        arrays = (train_images, train_labels, test_images, test_labels)
+        return cls(*(torch.from_numpy(array).to(device) for array in arrays))
+
+    @property
+    def device(self) -> torch.device:
+        return self.train_images.device
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return len(self.train_labels) // BATCH_SIZE
+
+    def batches(self, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
+        """One epoch in random order; what does not fill a batch is left out."""
+        order = torch.randperm(len(self.train_labels), generator=generator)
+        order = order[: self.steps_per_epoch * BATCH_SIZE].to(self.device)
+        for indices in order.split(BATCH_SIZE):
+            yield self.train_images[indices], self.train_labels[indices]
+
+
+class Training:
+    """One network in training, and what is measured on the way."""
+
+    def __init__(self, network: nn.Module, steps: int):
+        self.network = network
+        self.optimizer = torch.optim.SGD(
+            network.parameters(), LEARNING_RATE, momentum=0.9, nesterov=True, weight_decay=5e-4
+        )
+        self.scheduler = torch.optim.lr_scheduler.OneCycleLR(
+            self.optimizer, LEARNING_RATE, total_steps=steps
+        )
+        self.losses: list[float] = []  # of each step
+        self.milliseconds: list[float] = []  # of each step
+        self.accuracies: list[float] = []  # of each epoch, in percent
+
+    def step(self, images: Tensor, labels: Tensor) -> None:
+        start = time.perf_counter()
+        self.optimizer.zero_grad()
+        loss = F.cross_entropy(self.network(images), labels)
+        loss.backward()
+        self.optimizer.step()
+        # Reading the loss waits until a GPU has done the whole step.
+        self.losses.append(loss.item())
+        self.milliseconds.append(1e3 * (time.perf_counter() - start))
+        self.scheduler.step()
+
+    @torch.no_grad()
+    def evaluate(self, images: Tensor, labels: Tensor) -> None:
+        self.network.eval()
+        correct = self.network(images).argmax(1) == labels
+        self.accuracies.append(100 * correct.float().mean().item())
+        self.network.train()
+
+    def epoch_losses(self) -> np.ndarray:
+        return np.reshape(self.losses, (len(self.accuracies), -1)).mean(1)
+
+
+Twins = dict[str, Training]  # whose activation modules, "torch" or "fused_act" -> the training
+Trained = dict[str, list[Twins]]  # activation -> the twins of each seed
+
+
+def twin_networks(case: Case, seed: int, device: torch.device) -> dict[str, nn.Module]:
+    """A network with torch's modules and its copy with fused ones: the same weights in both."""
+    torch.manual_seed(seed)
+    network = digits_network(case.torch_module).to(device, memory_format=torch.channels_last)
+    fused_network = fused_act.replace_activations(copy.deepcopy(network))
+    return {"torch": network, "fused_act": fused_network}
+
+
+def train_twins(case: Case, seed: int, epochs: int, digits: Digits, progress: tqdm) -> Twins:
+    """Train both networks, taking turns at each step: a busy machine slows both alike."""
+    networks = twin_networks(case, seed, digits.device)
+    steps = epochs * digits.steps_per_epoch
+    twins = {modules: Training(network, steps) for modules, network in networks.items()}
+    turns = list(twins.values())
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(epochs):
+        for images, labels in digits.batches(generator):
+            for training in turns:
+                training.step(images, labels)
+            turns.reverse()  # who goes second finds the batch in the cache
+        for training in turns:
+            training.evaluate(digits.test_images, digits.test_labels)
+        progress.update()
+    return twins
+
+
+def require_equal_losses(case: Case, seed: int, twins: Twins) -> None:
+    """On a CPU the fused modules promise torch's own bits; end the program if they differ."""
+    pairs = zip(twins["fused_act"].losses, twins["torch"].losses)
+    for step, (fused, own) in enumerate(pairs):
+        if fused != own:
+            sys.exit(
+                "demo: FAILED: on a CPU every loss must be torch's own, but that of "
+                f"{case.name}, seed {seed}, step {step} is {fused!r} with fused_act's modules and "
+                f"{own!r} with torch's."
+            )
+
+
+def train_all(digits: Digits, epochs: int, seeds: int) -> Trained:
+    trained = {}
+    with tqdm(total=len(CASES) * seeds * epochs, unit="epoch", leave=False) as progress:
+        for case in CASES:
+            trained[case.name] = []
+            for seed in range(seeds):
+                progress.set_description(f"training with {case.name}, seed {seed}")
+                twins = train_twins(case, seed, epochs, digits, progress)
+                if digits.device.type == "cpu":
+                    require_equal_losses(case, seed, twins)
+                trained[case.name].append(twins)
+    return trained
+
+
+def saved_megabytes(network: nn.Module, images: Tensor, labels: Tensor) -> float:
+    """What one training step keeps from forward for backward.
+
+    Counted are the storages of all tensors that autograd saves: what the convolutions, the norms,
+    the activations and the loss need again, the batch included. A storage that several of them
+    save counts once. Parameters and buffers do not count, as the network holds them anyway.
+    """
+    held = {
+        tensor.untyped_storage().data_ptr()
+        for tensor in itertools.chain(network.parameters(), network.buffers())
+    }
+    saved = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in held:
+            saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    # The loss keeps alive what is saved, so no address is that of two storages.
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = F.cross_entropy(network(images), labels)
+    loss.backward()
+    return sum(saved.values()) / 1e6
+
+
+def training_row(case: Case, modules: str, trained: Trained, megabytes: float) -> tuple[str, ...]:
+    runs = [twins[modules] for twins in trained[case.name]]
+    accuracies = [run.accuracies[-1] for run in runs]
+    spread = statistics.stdev(accuracies) if len(runs) > 1 else 0.0
+    milliseconds = statistics.median(ms for run in runs for ms in run.milliseconds)
+    accuracy = f"{statistics.mean(accuracies):.2f} ± {spread:.2f}"
+    return case.name, modules, accuracy, f"{milliseconds:.2f}", f"{megabytes:.2f}"
+
+
+def training_table(trained: Trained, digits: Digits) -> str:
+    batch = digits.train_images[:BATCH_SIZE], digits.train_labels[:BATCH_SIZE]
+    rows = [
+        training_row(case, modules, trained, saved_megabytes(network, *batch))
+        for case in CASES
+        for modules, network in twin_networks(case, 0, digits.device).items()
+    ]
+    headers = (
+        "activation",
+        "modules",
+        "test accuracy, %\nmean ± std",
+        "ms per step\nmedian",
+        "MB saved\nfor backward",
+    )
+    return tabulate(rows, headers, disable_numparse=True, colalign=("left", "left", *["right"] * 3))
+
+
+def comparison_of_losses(trained: Trained, device: torch.device) -> str:
+    pairs = [
+        (fused, own)
+        for seeds in trained.values()
+        for twins in seeds
+        for fused, own in zip(twins["fused_act"].losses, twins["torch"].losses)
+    ]
+    if device.type == "cpu":
+        return (
+            f"All {len(pairs):,} losses with fused_act's modules equal those with torch's, bit for "
+            "bit: on a CPU the modules call torch's own ops, so time and memory are torch's too."
+        )
+    largest = max(abs(fused - own) for fused, own in pairs)
+    return (
+        f"The largest difference between a loss with fused_act's modules and the same step's with "
+        f"torch's is {largest:.2g}, over {len(pairs):,} steps."
+    )
+
+
+def write_csv(path: Path, trained: Trained) -> None:
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(("activation", "modules", "seed", "epoch", "loss", "accuracy"))
+        for activation, seeds in trained.items():
+            for seed, twins in enumerate(seeds):
+                for modules, run in twins.items():
+                    for epoch, loss in enumerate(run.epoch_losses()):
+                        accuracy = run.accuracies[epoch]
+                        row = (activation, modules, seed, epoch + 1, f"{loss:.6g}")
+                        writer.writerow((*row, f"{accuracy:.2f}"))
+
+
+def function_and_derivative(case: Case, device: torch.device) -> tuple[np.ndarray, ...]:
+    left, right, *_ = case.window
+    x = torch.linspace(left, right, 4001, device=device, requires_grad=True)
+    y = case.function(x)
+    (derivative,) = torch.autograd.grad(y.sum(), x)
+    return tuple(tensor.detach().cpu().numpy() for tensor in (x, y, derivative))
+
+
+def draw_case(axes: Axes, case: Case, device: torch.device) -> None:
+    x, y, derivative = function_and_derivative(case, device)
+    jumps = np.flatnonzero(np.abs(np.diff(derivative)) > 0.5)
+    axes.vlines(x[jumps], 0, 1, color=VERMILLION, linewidth=0.8, linestyles="dotted")
+    # A point without a value parts the line, which would join the sides of a jump by a slope.
+    derivative[jumps + 1] = np.nan
+    axes.plot(x, y, color=BLUE, label="function")
+    axes.plot(x, derivative, color=VERMILLION, linestyle=(0, (4, 1.5)), label="derivative")
+    left, right, bottom, top = case.window
+    axes.set(xlim=(left, right), ylim=(bottom, top))
+    axes.set_title(f"{case.name}: {case.formula}")
+    axes.xaxis.set_major_locator(MultipleLocator(2))
+    axes.yaxis.set_major_locator(MultipleLocator(1))
+    axes.axhline(0, color="0.8", linewidth=0.8, zorder=0)
+    axes.axvline(0, color="0.8", linewidth=0.8, zorder=0)
+    axes.spines[:].set_visible(False)
+    axes.tick_params(length=0, labelcolor="0.35")
+
+
+def draw_curves(path: Path, device: torch.device) -> None:
+    """Each activation and its derivative as autograd gives it, on axes through the origin."""
+    figure = Figure(figsize=(8, 3), layout="constrained")
+    for axes, case in zip(figure.subplots(1, len(CASES)), CASES):
+        draw_case(axes, case, device)
+    handles = figure.axes[0].get_lines()[:2]
+    figure.legend(handles=handles, loc="outside lower center", ncols=2, frameon=False)
+    figure.savefig(path)
+
+
+def draw_band(axes: Axes, curves: np.ndarray, case: Case) -> None:
+    epochs = np.arange(1, curves.shape[1] + 1)
+    axes.plot(epochs, curves.mean(0), color=case.color, label=case.name)
+    low, high = curves.min(0), curves.max(0)
+    axes.fill_between(epochs, low, high, color=case.color, alpha=0.2, linewidth=0)
+
+
+def draw_training(path: Path, trained: Trained) -> None:
+    """The fused networks: the mean over the seeds, in a band from the least to the greatest."""
+    figure = Figure(figsize=(8, 3.2), layout="constrained")
+    loss_axes, accuracy_axes = figure.subplots(1, 2)
+    for case in CASES:
+        runs = [twins["fused_act"] for twins in trained[case.name]]
+        draw_band(loss_axes, np.array([run.epoch_losses() for run in runs]), case)
+        draw_band(accuracy_axes, np.array([run.accuracies for run in runs]), case)
+    loss_axes.set(title="Training loss", xlabel="epoch", yscale="log")
+    accuracy_axes.set(title="Test accuracy, %", xlabel="epoch", ylim=(90, 100.3))
+    for axes in figure.axes:
+        axes.grid(color="0.92")
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+    seeds = "1 seed" if len(runs) == 1 else f"mean and range\nof {len(runs)} seeds"
+    accuracy_axes.legend(loc="lower right", title=seeds, alignment="left", frameon=False)
+    figure.savefig(path)
+
+
+@dataclasses.dataclass(frozen=True)
+class Contender:
+    """One way to compute an activation: a function, called while `backend` is selected."""
+
+    name: str
+    function: Callable[[Tensor], Tensor]
+    backend: str = "auto"
+
+
+def timed_backends() -> list[str]:
+    """All that are available but Triton's interpreter, whose time says nothing of a kernel."""
+    available = fused_act.available_backends()
+    return [name for name in available if not (name == "triton" and INTERPRET)]
+
+
+def contenders(case: Case, x: Tensor, failures: set[str]) -> list[Contender]:
+    """All that can compute `case`; why one does not compile is added to `failures`."""
+    found = [Contender(OWN, case.torch_function)]
+    for backend in timed_backends():
+        found.append(Contender(f"fused_act, backend {backend!r}", case.function, backend))
+    for name, function in ((COMPILED, case.function), (COMPILED_OWN, case.torch_function)):
+        compiled = torch.compile(function)
+        reason = reason_not_to_compile(compiled, x)
+        if reason is None:
+            found.append(Contender(name, compiled))
+        else:
+            failures.add(reason)
+    found.append(Contender("naive formula", case.naive))
+    return found
+
+
+def reason_not_to_compile(compiled: Callable[[Tensor], Tensor], x: Tensor) -> str | None:
+    """Compile for inference and for training; the first line of the error if one of them fails."""
+    try:
+        compiled(x)
+        compiled(x.clone().requires_grad_()).sum().backward()
+    except Exception as error:  # where no compiler works, Inductor raises one of many types
+        return next(iter(str(error).strip().splitlines()), type(error).__name__)
+    return None
+
+
+def make_timer(function: Callable[[Tensor], Tensor], x: Tensor, direction: str) -> Timer:
+    names = {"f": function, "x": x}
+    statement = "f(x)"
+    if direction != "forward":
+        names |= {"x": x.clone().requires_grad_(), "grad_output": torch.ones_like(x)}
+        statement = "torch.autograd.grad(f(x), x, grad_output)"
+    return Timer(statement, globals=names, num_threads=torch.get_num_threads())
+
+
+def measure(x: Tensor, direction: str, candidates: list[Contender]) -> dict[str, float]:
+    """Seconds by name: the median of a short turn, in the best of some rounds of turns.
+
+    What else the machine does only adds time, and never to all of a contender's turns.
+    """
+    timers = [make_timer(contender.function, x, direction) for contender in candidates]
+    best = {contender.name: math.inf for contender in candidates}
+    for _ in range(TIMING_ROUNDS):
+        for contender, timer in zip(candidates, timers):
+            with fused_act.use_backend(contender.backend):
+                turn = timer.blocked_autorange(min_run_time=0.02)
+            best[contender.name] = min(best[contender.name], turn.median)
+    return best
+
+
+def measure_all(device: torch.device, failures: set[str]) -> dict[str, dict[str, float]]:
+    """By activation and direction, which is the header of a column, what `measure` returns."""
+    numel, dtype = TIMED[device.type]
+    x = torch.randn(numel, device=device).to(dtype)
+    columns = {}
+    with tqdm(total=len(CASES), unit="activation", leave=False) as progress:
+        for case in CASES:
+            progress.set_description(f"compiling and timing {case.name}")
+            candidates = contenders(case, x, failures)
+            for direction in DIRECTIONS:
+                columns[f"{case.name}\n{direction}"] = measure(x, direction, candidates)
+            progress.update()
+    return columns
+
+
+def speed_cell(seconds: dict[str, float], name: str) -> str:
+    if name == OWN:
+        return f"{1e3 * seconds[OWN]:.3g} ms"
+    return f"{seconds[name] / seconds[OWN]:.2f}" if name in seconds else "-"
+
+
+def speed_table(columns: dict[str, dict[str, float]]) -> str:
+    names = max(columns.values(), key=len)  # some contenders may not have compiled everywhere
+    rows = [(name, *(speed_cell(seconds, name) for seconds in columns.values())) for name in names]
+    alignment = ("left", *["right"] * len(columns))
+    return tabulate(rows, ("", *columns), disable_numparse=True, colalign=alignment)
+
+
+def missing_kernels(device: torch.device, has_compiled: bool) -> list[str]:
+    """Which kernels did not run, a sentence each."""
+    if device.type == "cpu":
+        what_ran = "torch's own op and the compiled formula" if has_compiled else "torch's own op"
+        return [f"No CUDA GPU: the Triton and CUDA kernels did not run; what ran is {what_ran}."]
+    reasons = {name: backends.get(name).unavailable() for name in backends.NAMES}
+    return [f"No {name} kernel ran: {reason}." for name, reason in reasons.items() if reason]
+
+
+def summary(device: torch.device, pairs: int, results: Path) -> str:
+    return (
+        f"Trained {pairs} pairs of networks and timed {len(CASES)} activations on "
+        f"{device_name(device)} with torch {torch.__version__}; the pictures are "
+        f"{results / 'curves.png'} and {results / 'training.png'}."
+    )
+
+
+def positive_int(text: str) -> int:
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected 1 or more, got {text}")
+    return int(text)
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--epochs", type=positive_int, default=6, help="passes over the digits (%(default)s)"
+    )
+    parser.add_argument(
+        "--seeds", type=positive_int, default=3, help="runs of each network (%(default)s)"
+    )
+    parser.add_argument(
+        "--results",
+        type=Path,
+        default=Path("benchmarks/results/demo"),
+        metavar="FOLDER",
+        help="where the pictures and the table of all epochs go (%(default)s)",
+    )
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    results = arguments.results
+    results.mkdir(parents=True, exist_ok=True)
+    device = default_device()
+    # The tensors are small: two threads save a third of a step on idle cores, but on busy ones,
+    # where each waits for the other to get its turn, a step took 20 times as long.
+    torch.set_num_threads(1)
+    # On a GPU only the activations are to differ between the twins.
+    torch.backends.cudnn.deterministic = True
+
+    digits = Digits.load(device)
+    trained = train_all(digits, arguments.epochs, arguments.seeds)
+    print(
+        f"\nA MobileNetV2 of three blocks on {len(digits.train_labels):,} handwritten digits, fp32 "
+        f"(epochs: {arguments.epochs}, seeds: {arguments.seeds}, batch size: {BATCH_SIZE})\n"
+    )
+    print(training_table(trained, digits))
+    print(f"\n{comparison_of_losses(trained, device)}")
+    write_csv(results / "training.csv", trained)
+    with rc_context(STYLE):
+        draw_curves(results / "curves.png", device)
+        draw_training(results / "training.png", trained)
+
+    failures: set[str] = set()
+    columns = measure_all(device, failures)
+    numel, dtype = TIMED[device.type]
+    print(
+        f"\nTime for {numel:,} elements in {str(dtype).removeprefix('torch.')}: of torch's own op "
+        "in ms, of the others as a multiple of that (below 1 is faster)\n"
+    )
+    print(speed_table(columns), end="\n\n")
+    for reason in sorted(failures):
+        print(f"torch.compile failed: {reason}")
+    has_compiled = any(COMPILED in seconds for seconds in columns.values())
+    for sentence in missing_kernels(device, has_compiled):
+        print(sentence)
+    print(summary(device, len(trained) * arguments.seeds, results))
+
+
+if __name__ == "__main__":
+    main()
