@@ -1,22 +1,30 @@
 """What the compilers made of the kernels: the instructions that a full tile runs, no GPU needed.
 
+    python -m benchmarks.machine_code
+
 Triton kernels are compiled ahead of time for a target; the CUDA kernels are read out of the built
 extension. Both go through cuobjdump, which comes with the triton wheel and with the CUDA toolkit.
 """
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
+import itertools
 import re
 import shutil
 import subprocess
 import tempfile
 from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
+from benchmarks import environment
 from fused_act.activation import Activation
+from fused_act.activations import ACTIVATIONS
+from fused_act.backends.cuda import extension
 
 TRITON_TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 CUDA_TYPES = {torch.float16: "c10::Half", torch.bfloat16: "c10::BFloat16", torch.float32: "float"}
@@ -240,3 +248,53 @@ def cuda_kernel(
         if re.search(pattern, name, flags=re.IGNORECASE)
     )
     return Kernel(name, instructions, 32 // itemsize)
+
+
+def kernels() -> Iterator[tuple[Activation, str, bool]]:
+    """(activation, direction, masked) of every kernel; relu6 has two forward kernels."""
+    for activation in ACTIVATIONS:
+        yield activation, "forward", False
+        if activation.saves_mask:
+            yield activation, "forward", True
+        yield activation, "backward", activation.saves_mask
+
+
+def rows(capability: int) -> Iterator[dict]:
+    """The instructions of each kernel for sm_`capability`, in both backends."""
+    extension_kernels = cuda_kernels(extension(), capability) if extension() else []
+    for (activation, direction, masked), dtype in itertools.product(kernels(), TRITON_TYPES):
+        found = {"triton": triton_kernel(activation, direction, dtype, capability, masked=masked)}
+        if extension_kernels:
+            found["cuda"] = cuda_kernel(
+                extension_kernels, activation, direction, dtype, masked=masked
+            )
+        for backend, kernel in found.items():
+            yield {
+                "backend": backend,
+                "activation": activation.name,
+                "direction": f"{direction} with mask" if masked else direction,
+                "dtype": str(dtype).removeprefix("torch."),
+                "capability": capability,
+                "instructions_per_element": kernel.instructions_per_element(),
+                "loads": " ".join(map(str, kernel.accesses("LDG"))),
+                "stores": " ".join(map(str, kernel.accesses("STG"))),
+                "spills": kernel.spills(),
+            }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--capability", type=int, default=90, help="90 for sm_90 (%(default)s)", metavar="N"
+    )
+    arguments = parser.parse_args()
+    found = list(rows(arguments.capability))
+    folder = environment.ROOT / "results" / "machine_code"
+    environment.write_csv(folder / f"sm_{arguments.capability}.csv", found)
+    environment.print_table(list(found[0]), [[str(cell) for cell in row.values()] for row in found])
+
+
+if __name__ == "__main__":
+    main()

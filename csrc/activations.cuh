@@ -77,7 +77,8 @@ struct Swish {
     } else {
       const auto [z, z_low] = argument(x);
       const bool tail = z < kTail;
-      const float e = exp_compensated(tail ? 0.5f * z : -z, tail ? 0.5f * z_low : -z_low);
+      const float scale = tail ? 0.5f : -1.0f;
+      const float e = exp_compensated(scale * z, scale * z_low);
       return tail ? (x * e) * e : x * reciprocal_approx(1.0f + e);
     }
   }
@@ -91,7 +92,8 @@ struct Swish {
     } else {
       const auto [z, z_low] = argument(x);
       const bool tail = z < kTail;
-      const float e = exp_compensated(tail ? 0.5f * z : -z, tail ? 0.5f * z_low : -z_low);
+      const float scale = tail ? 0.5f : -1.0f;
+      const float e = exp_compensated(scale * z, scale * z_low);
       const float s = reciprocal_approx(1.0f + e);
       return tail ? ((1.0f + z) * e) * e : s * fmaf(z, e * s, 1.0f);
     }

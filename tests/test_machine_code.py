@@ -41,13 +41,14 @@ BACKENDS = [
         "cuda", marks=pytest.mark.skipif(extension() is None, reason="needs the CUDA extension")
     ),
 ]
-# (activation, direction, masked): relu6 has a forward with a mask and one without.
 KERNELS = [
-    pytest.param(activation, direction, masked, id="-".join(name))
-    for activation in ACTIVATIONS
-    for direction in ("forward", "backward")
-    for masked in sorted({activation.saves_mask, activation.saves_mask and direction == "backward"})
-    for name in [[activation.name, direction, *(["masked"] if masked else [])]]
+    pytest.param(
+        activation,
+        direction,
+        masked,
+        id=f"{activation.name}-{direction}{'-masked' if masked else ''}",
+    )
+    for activation, direction, masked in machine_code.kernels()
 ]
 all_kernels = pytest.mark.parametrize(("activation", "direction", "masked"), KERNELS)
 

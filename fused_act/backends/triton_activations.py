@@ -126,7 +126,8 @@ def swish_forward(x, beta, LOW: tl.constexpr):
     else:
         z, z_low = swish_argument(x, beta)
         tail = z < TAIL
-        e = exp_compensated(tl.where(tail, 0.5 * z, -z), tl.where(tail, 0.5 * z_low, -z_low))
+        scale = tl.where(tail, 0.5, -1.0)
+        e = exp_compensated(scale * z, scale * z_low)
         return tl.where(tail, (x * e) * e, x * reciprocal_approx(1.0 + e))
 
 
@@ -140,7 +141,8 @@ def swish_derivative(x, beta, LOW: tl.constexpr):
     else:
         z, z_low = swish_argument(x, beta)
         tail = z < TAIL
-        e = exp_compensated(tl.where(tail, 0.5 * z, -z), tl.where(tail, 0.5 * z_low, -z_low))
+        scale = tl.where(tail, 0.5, -1.0)
+        e = exp_compensated(scale * z, scale * z_low)
         s = reciprocal_approx(1.0 + e)
         return tl.where(tail, ((1.0 + z) * e) * e, s * tl.fma(z, e * s, 1.0))
 
