@@ -2,7 +2,7 @@
 
 FUSED_ACT_BUILD_CUDA   `auto` (default): build it if nvcc and torch >= 2.10 are here, else say what
                        is left out. `1` (or FORCE_CUDA=1): build it or fail. `0`: leave it out.
-TORCH_CUDA_ARCH_LIST   GPU architectures, as torch's own extensions take them: "8.0;9.0+PTX".
+TORCH_CUDA_ARCH_LIST   GPU architectures by number, as in "8.0;9.0+PTX".
 
 torch's CUDAExtension is of no use here: on a CPU build of torch it refuses, though the extension
 needs only headers that such a build has too. So nvcc is called here, and whether a GPU is present
@@ -48,7 +48,7 @@ def missing():
 
 def builds_cuda():
     """Whether to build the CUDA extension; says so if not, and fails if it was demanded."""
-    choice = os.environ.get("FUSED_ACT_BUILD_CUDA", "auto")
+    choice = os.environ.get("FUSED_ACT_BUILD_CUDA") or "auto"
     if os.environ.get("FORCE_CUDA") == "1":
         choice = "1"
     if choice not in ("0", "1", "auto"):
@@ -67,8 +67,8 @@ def builds_cuda():
 def gencode_flags():
     """nvcc's -gencode flags for TORCH_CUDA_ARCH_LIST."""
     flags = []
-    architectures = os.environ.get("TORCH_CUDA_ARCH_LIST") or ARCHITECTURES
-    for architecture in re.split(r"[;,\s]+", architectures.strip("; ")):
+    chosen = os.environ.get("TORCH_CUDA_ARCH_LIST", "")
+    for architecture in re.findall(r"[^;,\s]+", chosen) or ARCHITECTURES.split(";"):
         match = re.fullmatch(r"(\d+)\.(\d+[af]?)(\+PTX)?", architecture)
         if match is None:
             raise SystemExit(
@@ -81,19 +81,13 @@ def gencode_flags():
 
 
 class BuildWithNvcc(build_ext):
-    """Calls nvcc for the one source there is; it rebuilds when anything in csrc/ is newer."""
+    """Calls nvcc for the one source there is, if anything has changed since the last time."""
 
     def build_extension(self, extension):
         import torch
 
         torch_path = Path(torch.__file__).parent
         target = Path(self.get_ext_fullpath(extension.name))
-        sources = [*extension.sources, *extension.depends]
-        if target.exists() and not self.force:
-            newest = max(Path(source).stat().st_mtime for source in sources)
-            if target.stat().st_mtime > newest:
-                return
-        target.parent.mkdir(parents=True, exist_ok=True)
         command = [
             find_nvcc(),
             *("-std=c++20", "-O3", "-shared", "-Xcompiler", "-fPIC", "--threads", "0"),
@@ -109,8 +103,23 @@ class BuildWithNvcc(build_ext):
             *extension.sources,
             *("-o", str(target)),
         ]
-        print(" ".join(command), flush=True)
+        stamp = Path(self.build_temp) / "nvcc_command.txt"
+        line = " ".join(command)
+        if not self.force and self.is_current(extension, target, stamp, line):
+            return
+        target.parent.mkdir(parents=True, exist_ok=True)
+        stamp.parent.mkdir(parents=True, exist_ok=True)
+        print(line, flush=True)
         subprocess.run(command, check=True, cwd=ROOT)
+        stamp.write_text(line)
+
+    @staticmethod
+    def is_current(extension, target, stamp, line):
+        """Whether `target` is newer than the sources and came from this very command."""
+        if not target.exists() or not stamp.exists() or stamp.read_text() != line:
+            return False
+        sources = [*extension.sources, *extension.depends]
+        return target.stat().st_mtime > max(Path(source).stat().st_mtime for source in sources)
 
 
 class StableAbiWheel(bdist_wheel):

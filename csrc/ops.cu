@@ -8,8 +8,11 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
+#include <cstdlib>
 #include <string>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "activations.cuh"
@@ -63,6 +66,32 @@ void check_match(const Tensor& x, const Tensor& other) {
                   "fused_act: expected tensors of one dtype, shape and device");
 }
 
+// Whether a tensor of the shape of x, which has elements, fills its memory with this stride.
+bool is_dense(const Tensor& x, const std::vector<int64_t>& stride) {
+  std::vector<std::pair<int64_t, int64_t>> dimensions;  // stride, size
+  for (size_t i = 0; i < stride.size(); i++) {
+    if (x.size(i) != 1) {
+      dimensions.emplace_back(stride[i], x.size(i));
+    }
+  }
+  std::sort(dimensions.begin(), dimensions.end());
+  int64_t expected = 1;
+  for (const auto& [step, size] : dimensions) {
+    if (step != expected) {
+      return false;
+    }
+    expected *= size;
+  }
+  return true;
+}
+
+// Whether a and b, of one size, share memory but start at different places.
+bool overlap_partially(const Tensor& a, const Tensor& b) {
+  const auto distance =
+      static_cast<const char*>(a.const_data_ptr()) - static_cast<const char*>(b.const_data_ptr());
+  return distance != 0 && std::abs(distance) < b.numel() * static_cast<int64_t>(b.element_size());
+}
+
 // A mask for x, whose elements lie in memory as `stride`, of a dense tensor, says.
 void check_mask(const Tensor& x, const Tensor& mask, const std::vector<int64_t>& stride) {
   STD_TORCH_CHECK(x.is_cuda() && mask.is_cuda() &&
@@ -71,11 +100,7 @@ void check_mask(const Tensor& x, const Tensor& mask, const std::vector<int64_t>&
                       mask.numel() == (x.numel() + 7) / 8,
                   "fused_act: expected a contiguous uint8 mask with one bit for each of ",
                   x.numel(), " elements, got ", mask.numel(), " bytes");
-  int64_t extent = 1;
-  for (size_t i = 0; i < stride.size() && i < x.sizes().size(); i++) {
-    extent += (x.size(i) - 1) * stride[i];
-  }
-  STD_TORCH_CHECK(stride.size() == x.sizes().size() && (x.numel() == 0 || extent == x.numel()),
+  STD_TORCH_CHECK(stride.size() == x.sizes().size() && (x.numel() == 0 || is_dense(x, stride)),
                   "fused_act: expected the stride of a dense tensor of the shape of grad_output");
 }
 
@@ -140,7 +165,9 @@ struct Ops {
     // empty_like keeps the strides of a dense tensor and of no other.
     Tensor y = out.is_contiguous() ? out : torch::stable::empty_like(out);
     const bool dense = equal(y.strides(), out.strides());
-    run_forward(x, dense ? out : y, mask, parameters...);
+    // A block must not read what another has written.
+    const Tensor source = overlap_partially(x, out) ? torch::stable::clone(x) : x;
+    run_forward(source, dense ? out : y, mask, parameters...);
     if (!dense) {
       torch::stable::copy_(out, y);
     }

@@ -1,17 +1,11 @@
 """`python -m fused_act`: the versions, the GPU, and which backends can run here."""
 
-import importlib.metadata
-import importlib.util
 import platform
 
 import torch
 
 from fused_act import __version__, backends
-
-
-def triton_version() -> str:
-    installed = importlib.util.find_spec("triton") is not None
-    return importlib.metadata.version("triton") if installed else "not installed"
+from fused_act.backends import triton
 
 
 def gpu() -> str:
@@ -26,7 +20,7 @@ def main() -> None:
     print(f"fused_act  {__version__}")
     print(f"python     {platform.python_version()}")
     print(f"torch      {torch.__version__} (CUDA {torch.version.cuda or 'not built in'})")
-    print(f"triton     {triton_version()}")
+    print(f"triton     {triton.version() or 'not installed'}")
     print(f"GPU        {gpu()}")
     print("backends, best first:")
     for name in backends.NAMES:

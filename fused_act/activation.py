@@ -73,7 +73,7 @@ def kernels_for(activation: Activation, x: Tensor) -> Kernels:
         if x.layout is not torch.strided or x.is_neg() or is_transformed():
             return activation.eager
         return backends.automatic().kernels[activation.name]
-    if is_transformed():
+    if is_transformed() or isinstance(x, torch.fx.Proxy):
         return activation.eager
     forced.check_input(activation.name, x)
     return forced.kernels[activation.name]
@@ -101,12 +101,12 @@ def activate(activation: Activation, x: Tensor, inplace: bool, *parameters: floa
     if torch.compiler.is_compiling():
         # Backward needs x as it was; Inductor drops the clone.
         return x.copy_(activate(activation, x.clone(), False, *parameters))
+    # Which leaf, view or inference tensor may be written torch knows; it raises before it writes.
+    if (needs_grad and (x.is_leaf or x._is_view())) or x.is_inference():
+        return activation.torch_forward(x, *parameters, inplace=True)
     if not needs_grad:
         call(kernels.forward_out, x, *parameters, out=x)
         return x
-    # Which leaf or view may be written torch alone knows, and it raises before it writes.
-    if x.is_leaf or x._is_view():
-        return activation.torch_forward(x, *parameters, inplace=True)
     source = x if activation.saves_mask else x.clone()
     return activation.InplaceFunction.apply(source, x, *parameters)
 
@@ -201,15 +201,20 @@ def grad_input(activation: Activation, ctx, grad_output: Tensor | None) -> Tenso
     kernels, parameters = ctx.kernels, ctx.parameters
     if grad_output is None:  # a second backward came in through the anchor alone
         return torch.zeros(ctx.shape, dtype=anchor[0].dtype, device=anchor[0].device)
-    differentiable = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    differentiable = not torch.compiler.is_compiling() and (
+        torch.is_grad_enabled() or forward_ad._current_level >= 0
+    )
     if kernels.forward_with_mask is not None:
         if differentiable:
             passes = unpack(saved, grad_output.shape, ctx.stride)
             return torch.where(passes, grad_output, 0) + anchor[0].sum()
         return call(kernels.backward, grad_output, saved, *parameters, ctx.stride)
     if differentiable:
-        y = activation.torch_forward(saved, *parameters, inplace=False)
-        return torch.autograd.grad(y, saved, grad_output, create_graph=True)[0]
+        with torch.enable_grad():
+            x = saved.view_as(saved)  # in the same graph, but without the hooks that x may have
+            y = activation.torch_forward(x, *parameters, inplace=False)
+        create_graph = torch.is_grad_enabled()
+        return torch.autograd.grad(y, x, grad_output, create_graph=create_graph)[0]
     return call(kernels.backward, grad_output, saved, *parameters)
 
 

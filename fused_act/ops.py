@@ -18,8 +18,10 @@ element i in memory order. `stride` is that of `y`, which fixes this order.
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 
 import torch
+import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
@@ -99,12 +101,23 @@ def check(
                 f"{op}: expected a contiguous mask of shape ({mask_numel(x)},) for "
                 f"{x.numel()} elements, got {tuple(mask.shape)} with stride {mask.stride()}"
             )
-        extent = 1 + sum((size - 1) * step for size, step in zip(x.shape, stride))
-        if len(stride) != x.dim() or (x.numel() > 0 and extent != x.numel()):
+        if len(stride) != x.dim() or not is_dense(x.shape, stride):
             raise ValueError(
                 f"{op}: expected the stride of a dense tensor of shape {tuple(x.shape)}, "
                 f"got {tuple(stride)}"
             )
+
+
+def is_dense(shape: Sequence[int], stride: Sequence[int]) -> bool:
+    """Whether a tensor of `shape` and `stride` fills its memory without gap or overlap."""
+    expected = 1
+    for step, size in sorted((step, size) for size, step in zip(shape, stride) if size != 1):
+        if size == 0:
+            return True
+        if step != expected:
+            return False
+        expected *= size
+    return True
 
 
 def mask_numel(x: Tensor) -> int:
@@ -136,13 +149,20 @@ def fakes(activation: Activation) -> dict:
     }
 
 
+def is_differentiated(x: Tensor) -> bool:
+    """Whether reverse-mode or forward-mode AD follows `x`."""
+    if forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None:
+        return True
+    return torch.is_grad_enabled() and x.requires_grad
+
+
 def refuse_autograd(op, activation: Activation, field: str, device_types: tuple[str, ...]):
     """The Autograd kernel of a raw op: check what users pass in; never lose a gradient silently."""
     name = op.name()
 
     def autograd(*args, **kwargs):
         tensors = [arg for arg in (*args, *kwargs.values()) if isinstance(arg, Tensor)]
-        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+        if any(is_differentiated(tensor) for tensor in tensors):
             raise RuntimeError(
                 f"{name} has no derivative; call fused_act.{activation.name}, which is "
                 "differentiable, or wrap the call in torch.no_grad()"
@@ -164,10 +184,11 @@ def bump_version(op, *args, out, **kwargs):
 
     Without it a later backward through `out` gets a wrong gradient in silence.
     """
-    with torch._C._AutoDispatchBelowADInplaceOrView():
-        result = op(*args, out=out, **kwargs)
+    if out.is_inference() and not torch.is_inference_mode_enabled():
+        raise RuntimeError(f"{op.name()}: out is an inference tensor, outside inference mode")
     increment_version(out)
-    return result
+    with torch._C._AutoDispatchBelowADInplaceOrView():
+        return op(*args, out=out, **kwargs)
 
 
 def define(namespace: str, device_types: tuple[str, ...]) -> torch.library.Library:

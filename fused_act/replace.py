@@ -21,6 +21,8 @@ TORCH = {fused: original for original, fused in FUSED.items()}
 
 def fused_class(module: nn.Module) -> type[nn.Module] | None:
     """The fused class for `module`, by exact type: a subclass may compute something else."""
+    if type(module) is nn.ReLU6 and (module.min_val, module.max_val) != (0.0, 6.0):
+        return None  # a Hardtanh of other bounds: somebody has set them
     transformers = sys.modules.get("transformers.activations")
     if transformers is not None:
         if type(module) is getattr(transformers, "SiLUActivation", None):
@@ -40,8 +42,9 @@ def replace_activations(
 
     Args:
         model: any module, an activation itself included.
-        filter_fn: `filter_fn(name, module)`, with the name as in `model.named_modules()`; only
-            modules for which it returns true are replaced. None replaces all.
+        filter_fn: `filter_fn(name, module)`, with the name as in `model.named_modules()` (that is
+            the first, for a module that has several); only modules for which it returns true are
+            replaced. None replaces all.
 
     Returns:
         `model`.
@@ -60,7 +63,7 @@ def replace_activations(
 def restore_activations(model: nn.Module) -> nn.Module:
     """The inverse of `replace_activations`: make the fused modules in `model` torch's, in place.
 
-    `Swish` with another beta than 1 stays, as torch has none.
+    Not `Swish`, of which torch has none.
 
     Returns:
         `model`.

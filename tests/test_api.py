@@ -1,6 +1,7 @@
 """The public surface: names, modules, backend selection, replacement, errors, import cost."""
 
 import copy
+import importlib.metadata
 import os
 import pickle
 import subprocess
@@ -130,6 +131,31 @@ def test_use_backend_is_setter_and_context_manager():
     with fused_act.use_backend("auto"):
         assert fused_act.backends.forced is None
     assert fused_act.backends.forced is get("torch")
+    setting = fused_act.use_backend("auto")
+    for _ in range(2):
+        fused_act.use_backend("torch")
+        with setting:
+            assert fused_act.backends.forced is None
+
+
+def test_triton_without_package_metadata(monkeypatch):
+    def missing(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", missing)
+    assert fused_act.available_backends()[-1] == "torch"
+
+
+@pytest.mark.parametrize(
+    ("capability", "hip", "reason"),
+    [((7, 5), None, "8.0 or higher, this is 7.5"), ((9, 0), "6.4", "ROCm"), ((9, 0), None, None)],
+)
+def test_unfit_gpus_are_named(monkeypatch, capability, hip, reason):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    found = fused_act.backends.gpu_unavailable()
+    assert found is None if reason is None else reason in found
 
 
 @pytest.mark.parametrize("name", ["cuda", "triton"])
@@ -194,6 +220,9 @@ def test_replace_and_restore():
 
 def test_replace_a_bare_activation_and_some_by_name():
     assert type(fused_act.replace_activations(nn.ReLU6())) is fused_act.ReLU6
+    other_bounds = nn.ReLU6()
+    other_bounds.max_val = 4.0
+    assert type(fused_act.replace_activations(other_bounds)) is nn.ReLU6
     model = Network()
     fused_act.replace_activations(model, filter_fn=lambda name, module: name == "layers.1")
     assert type(model.layers[1]) is fused_act.ReLU6

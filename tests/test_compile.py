@@ -139,3 +139,20 @@ def test_forcing_torch_emits_torchs_op():
         torch.compile(fused_act.mish, fullgraph=True, backend=backend)(torch.randn(5))
     targets = [node.target for node in graphs[0].graph.nodes]
     assert torch.nn.functional.mish in targets
+
+
+def test_subclass_is_torchs():
+    """A Function in the graph would break Dynamo here; torch's own op does not."""
+
+    class Subclass(torch.Tensor):
+        @classmethod
+        def __torch_function__(cls, function, types, args=(), kwargs=None):
+            return super().__torch_function__(function, types, args, kwargs or {})
+
+    def call(x):
+        return fused_act.mish(x.as_subclass(Subclass) * 1).as_subclass(torch.Tensor)
+
+    x = torch.linspace(-3, 8, 6, requires_grad=True)
+    torch.testing.assert_close(
+        torch.compile(call, backend="aot_eager")(x), torch.nn.functional.mish(x)
+    )

@@ -134,6 +134,23 @@ def test_scripts_and_traces(module):
     torch.testing.assert_close(torch.fx.symbolic_trace(module)(x), module(x))
 
 
+@all_cases
+def test_function_scripts(case):
+    x = torch.randn(9)
+    function = getattr(fused_act, case.name)
+    expected = function(x, *case.parameters)
+    torch.testing.assert_close(torch.jit.script(function)(x, *case.parameters), expected)
+
+
+def test_scripted_swish_trains_in_place():
+    leaf = torch.randn(9, requires_grad=True)
+    module = fused_act.Swish(1.5, inplace=True)
+    grads = [
+        torch.autograd.grad(f(leaf * 1).sum(), leaf)[0] for f in (module, torch.jit.script(module))
+    ]
+    torch.testing.assert_close(*grads)
+
+
 @pytest.mark.parametrize(
     ("module", "op"),
     [

@@ -234,6 +234,22 @@ def test_inplace_refuses_what_torch_refuses(case, backend):
 
 @all_cases
 @all_backends
+def test_inplace_on_an_inference_tensor(case, backend):
+    with torch.inference_mode():
+        x = torch.linspace(-3, 8, 5, device=DEVICE)
+        before = x.clone()
+        case.function(x, inplace=True)
+        accuracy.assert_near(case, "forward", x, before)
+    before = x.clone()
+    with pytest.raises(RuntimeError, match=r"[Ii]nference"):
+        case.function(x, inplace=True)
+    with pytest.raises(RuntimeError, match=r"[Ii]nference"):
+        kernels(backend, case).forward_out(before.clone(), *case.parameters, out=x)
+    assert torch.equal(x, before)
+
+
+@all_cases
+@all_backends
 def test_inplace_on_a_view_reaches_its_base(case, backend):
     def run(function):
         leaf = torch.linspace(-8, 8, 12, device=DEVICE, requires_grad=True)
@@ -301,6 +317,42 @@ def test_second_derivative_through_grad_output(case, backend):
     (through_weight,) = torch.autograd.grad(first.sum(), weight)
     expected = torch.autograd.grad(case.torch_function(x).sum(), x)[0]
     torch.testing.assert_close(through_weight, expected, rtol=1e-4, atol=1e-5)
+
+
+@all_cases
+@all_backends
+@pytest.mark.parametrize("leaf_hook", [False, True])
+def test_hooks_run_once_under_create_graph(case, backend, leaf_hook):
+    def run(function):
+        leaf = torch.linspace(-7, 9, 37, device=DEVICE, requires_grad=True)
+        x = leaf * 1
+        x.retain_grad()
+        (leaf if leaf_hook else x).register_hook(lambda grad: grad * 2)
+        function(x).sum().backward(create_graph=True)
+        return x.grad, leaf.grad
+
+    for ours, theirs in zip(run(case.function), run(case.torch_function)):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+@all_cases
+@all_backends
+def test_forward_mode_through_backward(case, backend):
+    def run(function):
+        x = torch.linspace(-7, 9, 37, device=DEVICE, requires_grad=True)
+        y = function(x)
+        with torch.autograd.forward_ad.dual_level():
+            weight = torch.autograd.forward_ad.make_dual(torch.ones_like(x), torch.ones_like(x))
+            (grad,) = torch.autograd.grad(y, x, weight)
+            return torch.autograd.forward_ad.unpack_dual(grad).tangent
+
+    try:
+        expected = run(case.torch_function)
+    except NotImplementedError:
+        with pytest.raises(NotImplementedError):
+            run(case.function)
+    else:
+        torch.testing.assert_close(run(case.function), expected, rtol=1e-4, atol=1e-5)
 
 
 @all_cases
@@ -387,6 +439,15 @@ def test_raw_ops_refuse_autograd(case, backend):
         table.forward(x, *case.parameters)
     with torch.no_grad():
         accuracy.assert_near(case, "forward", table.forward(x, *case.parameters), x)
+    x = x.detach()
+    with pytest.raises(RuntimeError, match=f"call fused_act.{case.name}"):
+        torch.func.jvp(lambda x: table.forward(x, *case.parameters), (x,), (x,))
+
+
+@all_backends
+def test_fx_traces_torchs_op(backend):
+    graph = torch.fx.symbolic_trace(fused_act.Mish()).graph
+    assert F.mish in [node.target for node in graph.nodes]
 
 
 @all_cases
@@ -405,6 +466,8 @@ def test_raw_backward_checks_its_arguments(case, backend):
             (y, torch.zeros(6, dtype=torch.uint8, device=DEVICE)[::2], stride, ValueError),
             (y, mask, [6], ValueError),
             (y, mask, [7, 1], ValueError),
+            (y, mask, [3, 2], ValueError),  # overlapping, in as much memory as there is
+            (y, mask, [-6, 1], ValueError),
             (y, mask.to("meta"), stride, ValueError),
         ):
             with pytest.raises(error, match=f"{case.name}_backward: expected"):
@@ -434,6 +497,10 @@ def test_raw_out_op(case, backend):
     table.forward_out(x, *case.parameters, out=gapped[:, ::2])
     accuracy.assert_near(case, "forward", gapped[:, ::2], x)
     assert (gapped[:, 1::2] == 77).all()
+    buffer = torch.linspace(-3, 8, 12291, device=DEVICE)
+    before = buffer[:-1].clone()
+    table.forward_out(buffer[:-1], *case.parameters, out=buffer[1:])
+    accuracy.assert_near(case, "forward", buffer[1:], before)
     for wrong, error in (
         (torch.empty(5, 6, device=DEVICE), ValueError),
         (torch.empty(5, 7, device=DEVICE, dtype=torch.float16), TypeError),

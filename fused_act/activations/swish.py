@@ -92,6 +92,9 @@ def swish(x: Tensor, beta: float = 1.0, inplace: bool = False) -> Tensor:
         RuntimeError: as `torch.nn.functional.silu`, for dtypes that it does not support and for
             `inplace` on a leaf that requires grad.
     """
+    if torch.jit.is_scripting():
+        gate = torch.sigmoid(beta * x)
+        return x.mul_(gate) if inplace else x * gate
     return activate(SWISH, x, inplace, finite_float(beta))
 
 
@@ -123,9 +126,6 @@ class Swish(torch.nn.Module):
         self.inplace = inplace
 
     def forward(self, input: Tensor) -> Tensor:
-        if torch.jit.is_scripting():
-            gated = input * torch.sigmoid(self.beta * input)
-            return input.copy_(gated) if self.inplace else gated
         return swish(input, self.beta, self.inplace)
 
     def extra_repr(self) -> str:

@@ -77,6 +77,21 @@ class Backend:
             )
 
 
+def gpu_unavailable() -> str | None:
+    """Why no GPU here can run the kernels, or None if one can."""
+    if not torch.cuda.is_available():
+        return "torch sees no CUDA GPU"
+    if torch.version.hip is not None:
+        return "the kernels are for NVIDIA GPUs, and this is a ROCm build of torch"
+    # bfloat16 and the clamps that let NaN through came with sm_80.
+    major, minor = torch.cuda.get_device_capability()
+    if major < 8:
+        return (
+            f"the kernels need a GPU of compute capability 8.0 or higher, this is {major}.{minor}"
+        )
+    return None
+
+
 NAMES = ("cuda", "triton", "torch")  # in the order of preference of `auto`
 
 # The backend that the user forced, or None for `auto`. A plain global: Dynamo guards on it, and
@@ -102,7 +117,7 @@ def available_backends() -> tuple[str, ...]:
 @functools.cache
 def automatic() -> Backend:
     """The backend that `auto` takes for a plain CUDA tensor; settled at the first such tensor."""
-    return get(available_backends()[0]).ready()
+    return next(get(name).ready() for name in NAMES if get(name).unavailable() is None)
 
 
 class use_backend:
@@ -137,10 +152,13 @@ class use_backend:
             reason = backend.unavailable()
             if reason is not None:
                 raise RuntimeError(f"use_backend: {name!r} is not available: {reason}")
+        self.backend = backend and backend.ready()
         self.previous = forced
-        forced = backend and backend.ready()
+        forced = self.backend
 
     def __enter__(self):
+        global forced
+        forced = self.backend
         return self
 
     def __exit__(self, *exception):

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from fused_act import ops
-from fused_act.backends import Backend, Kernels
+from fused_act.backends import Backend, Kernels, gpu_unavailable
 
 # The extension is built for LibTorch's stable ABI of 2.10 and so loads in any later torch.
 MINIMUM_TORCH = (2, 10)
@@ -40,10 +40,7 @@ def unavailable() -> str | None:
     """Why the CUDA kernels cannot run here and what to do, or None if they can."""
     if extension() is None:
         return f"this install has no CUDA extension; where nvcc is, {REBUILD}"
-    reason = broken()
-    if reason is None and not torch.cuda.is_available():
-        return "torch sees no CUDA GPU; the kernels need one, and a CUDA build of torch"
-    return reason
+    return broken() or gpu_unavailable()
 
 
 def load() -> dict[str, Kernels]:

@@ -21,6 +21,7 @@ def fuses(activation, x: Tensor, *parameters: float) -> bool:
         torch.compiler.is_compiling()
         and not torch.compiler.is_exporting()
         and backends.forced is None
+        and type(x) in (Tensor, torch.nn.Parameter)
         and x.dtype in DTYPES
         and activation.fuses(*parameters)
     )

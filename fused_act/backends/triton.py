@@ -9,11 +9,9 @@ import importlib.metadata
 import importlib.util
 import os
 
-import torch
-
 from fused_act import ops
 from fused_act.activations import ACTIVATIONS
-from fused_act.backends import Backend, Kernels
+from fused_act.backends import Backend, Kernels, gpu_unavailable
 
 MINIMUM = (3, 6)
 INTERPRET = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
@@ -23,18 +21,28 @@ DEVICE_TYPES = ("cuda", "cpu") if INTERPRET else ("cuda",)
 
 def unavailable() -> str | None:
     """Why Triton kernels cannot run here and what to do, or None if they can."""
-    if importlib.util.find_spec("triton") is None:
+    if version() is None:
         return "triton is not installed; install it with `pip install triton`"
-    version = importlib.metadata.version("triton")
-    if tuple(map(int, version.split(".")[:2])) < MINIMUM:
+    if tuple(map(int, version().split(".")[:2])) < MINIMUM:
         expected = ".".join(map(str, MINIMUM))
-        return f"triton {version} is too old; install {expected} or newer"
-    if not INTERPRET and not torch.cuda.is_available():
-        return (
-            "torch sees no CUDA GPU; set TRITON_INTERPRET=1 before Python starts to run the "
-            "kernels, slowly, on CPU tensors"
-        )
-    return None
+        return f"triton {version()} is too old; install {expected} or newer"
+    reason = None if INTERPRET else gpu_unavailable()
+    return reason and (
+        f"{reason}; set TRITON_INTERPRET=1 before Python starts to run the kernels, slowly, on "
+        "CPU tensors"
+    )
+
+
+def version() -> str | None:
+    """Triton's version, or None if it is not installed."""
+    try:
+        return importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:  # under another name, or from source
+        if importlib.util.find_spec("triton") is None:
+            return None
+        import triton
+
+        return triton.__version__
 
 
 def load() -> dict[str, Kernels]:
