@@ -103,6 +103,19 @@ class Kernel:
         """Widths in bits of the global loads (`LDG`) or stores (`STG`) on the hot path."""
         return [width(i) for i in self.hot_path() if i.opcode.split(".")[0] == opcode]
 
+    def late_loads(self) -> int:
+        """16-byte loads after the first use of a loaded value, which are not in flight with it."""
+        loaded, late, used = set(), 0, False
+        for instruction in self.hot_path():
+            target, _, sources = instruction.operands.partition(",")
+            if instruction.opcode.startswith("LDG"):
+                late += used and width(instruction) == 128
+                first = int(re.match(r"R(\d+)", target)[1])
+                loaded |= set(range(first, first + max(1, width(instruction) // 32)))
+            elif loaded & {int(number) for number in re.findall(r"\bR(\d+)", sources)}:
+                used = True
+        return late
+
     def spills(self) -> int:
         """Accesses on the hot path to local memory, where spilled registers go."""
         return sum(i.opcode.split(".")[0] in ("LDL", "STL") for i in self.hot_path())
@@ -200,7 +213,7 @@ def compile_triton(
     }
     source = ASTSource(kernel, signature=signature, constexprs=constants, attrs=aligned)
     target = GPUTarget("cuda", capability, 32)
-    return triton.compile(source, target=target, options={"num_warps": triton_kernels.NUM_WARPS})
+    return triton.compile(source, target=target, options=triton_kernels.OPTIONS)
 
 
 def triton_kernel(
@@ -278,6 +291,7 @@ def rows(capability: int) -> Iterator[dict]:
                 "instructions_per_element": kernel.instructions_per_element(),
                 "loads": " ".join(map(str, kernel.accesses("LDG"))),
                 "stores": " ".join(map(str, kernel.accesses("STG"))),
+                "late_loads": kernel.late_loads(),
                 "spills": kernel.spills(),
             }
 

@@ -24,6 +24,12 @@ constexpr int kThreads = 256;
 // Per thread and input; two 16-byte loads in flight keep enough of a Hopper SM's memory busy.
 constexpr int kBytesPerThread = 32;
 
+// Blocks per SM that backward is compiled for. With 64 registers instead of 32 the compiler leaves
+// all loads in front of the math: 4 blocks of 64 bytes a thread, 64 KiB in flight, where a Hopper
+// SM wants
+// 48. With 32 it sinks most of them to where they are used.
+constexpr int kBackwardBlocks = 4;
+
 template <typename T>
 constexpr int kElementsPerThread = kBytesPerThread / sizeof(T);
 
@@ -93,61 +99,42 @@ __host__ __device__ __forceinline__ int64_t tile_start(int64_t block) {
   return block * kTile<T>;  // 64 bits: there may be more than 2^31 elements
 }
 
-// Load one run into fp32. In the last tile only what lies within numel; the rest reads as 0.
+// Load one run into fp32.
 template <int kWidth, int kRun, typename T>
-__host__ __device__ __forceinline__ void load(const T* source, int offset, int64_t left, bool full,
-                                              float (&values)[kRun]) {
-  if (full) {
+__host__ __device__ __forceinline__ void load(const T* source, float (&values)[kRun]) {
 #pragma unroll
-    for (int i = 0; i < kRun; i += kWidth) {
-      const auto vector = *reinterpret_cast<const Vector<T, kWidth>*>(source + offset + i);
+  for (int i = 0; i < kRun; i += kWidth) {
+    const auto vector = *reinterpret_cast<const Vector<T, kWidth>*>(source + i);
 #pragma unroll
-      for (int j = 0; j < kWidth; j++) {
-        values[i + j] = to_float(vector.elements[j]);
-      }
-    }
-  } else {
-#pragma unroll
-    for (int i = 0; i < kRun; i++) {
-      values[i] = offset + i < left ? to_float(source[offset + i]) : 0.0f;
+    for (int j = 0; j < kWidth; j++) {
+      values[i + j] = to_float(vector.elements[j]);
     }
   }
 }
 
 template <int kWidth, int kRun, typename T>
-__host__ __device__ __forceinline__ void store(T* target, int offset, int64_t left, bool full,
-                                               const float (&values)[kRun]) {
-  if (full) {
+__host__ __device__ __forceinline__ void store(T* target, const float (&values)[kRun]) {
 #pragma unroll
-    for (int i = 0; i < kRun; i += kWidth) {
-      float part[kWidth];
+  for (int i = 0; i < kRun; i += kWidth) {
+    float part[kWidth];
 #pragma unroll
-      for (int j = 0; j < kWidth; j++) {
-        part[j] = values[i + j];
-      }
-      *reinterpret_cast<Vector<T, kWidth>*>(target + offset + i) = from_floats<T, kWidth>(part);
+    for (int j = 0; j < kWidth; j++) {
+      part[j] = values[i + j];
     }
-  } else {
-#pragma unroll
-    for (int i = 0; i < kRun; i++) {
-      if (offset + i < left) {
-        target[offset + i] = static_cast<T>(values[i]);
-      }
-    }
+    *reinterpret_cast<Vector<T, kWidth>*>(target + i) = from_floats<T, kWidth>(part);
   }
 }
 
-// What one thread does in a tile. `full` is known at compile time where this is called.
+// What one thread does in a full tile.
 template <int kWidth, bool kMasked, typename Activation, typename T>
-__host__ __device__ __forceinline__ void forward_runs(Activation activation, const T* x, T* y,
-                                                      uint8_t* mask, int64_t left, bool full,
-                                                      int thread) {
+__host__ __device__ __forceinline__ void forward_tile(Activation activation, const T* x, T* y,
+                                                      uint8_t* mask, int thread) {
   using R = Runs<T, kWidth, kMasked>;
   // All loads come before all math: x and y may be the same memory, so the compiler cannot do it.
   float values[R::kCount][R::kRun];
 #pragma unroll
   for (int run = 0; run < R::kCount; run++) {
-    load<kWidth>(x, R::offset(thread, run), left, full, values[run]);
+    load<kWidth>(x + R::offset(thread, run), values[run]);
   }
 #pragma unroll
   for (int run = 0; run < R::kCount; run++) {
@@ -156,26 +143,23 @@ __host__ __device__ __forceinline__ void forward_runs(Activation activation, con
       unsigned bits = 0;
 #pragma unroll
       for (int i = 0; i < 8; i++) {
-        const bool passes = activation.derivative(values[run][i]) != 0.0f;
-        bits |= passes && (full || offset + i < left) ? 1u << i : 0u;
+        bits |= activation.derivative(values[run][i]) != 0.0f ? 1u << i : 0u;
       }
-      if (full || offset < left) {
-        mask[offset / 8] = static_cast<uint8_t>(bits);
-      }
+      mask[offset / 8] = static_cast<uint8_t>(bits);
     }
     float results[R::kRun];
 #pragma unroll
     for (int i = 0; i < R::kRun; i++) {
       results[i] = activation.forward(values[run][i]);
     }
-    store<kWidth>(y, offset, left, full, results);
+    store<kWidth>(y + offset, results);
   }
 }
 
 template <int kWidth, bool kMasked, typename Activation, typename T, typename Saved>
-__host__ __device__ __forceinline__ void backward_runs(Activation activation, const T* grad_output,
+__host__ __device__ __forceinline__ void backward_tile(Activation activation, const T* grad_output,
                                                        const Saved* saved, T* grad_input,
-                                                       int64_t left, bool full, int thread) {
+                                                       int thread) {
   using R = Runs<T, kWidth, kMasked>;
   float grads[R::kCount][R::kRun];
   float values[R::kCount][R::kRun];
@@ -183,11 +167,11 @@ __host__ __device__ __forceinline__ void backward_runs(Activation activation, co
 #pragma unroll
   for (int run = 0; run < R::kCount; run++) {
     const int offset = R::offset(thread, run);
-    load<kWidth>(grad_output, offset, left, full, grads[run]);
+    load<kWidth>(grad_output + offset, grads[run]);
     if constexpr (kMasked) {
-      bits[run] = full || offset < left ? saved[offset / 8] : 0;
+      bits[run] = saved[offset / 8];
     } else {
-      load<kWidth>(saved, offset, left, full, values[run]);
+      load<kWidth>(saved + offset, values[run]);
     }
   }
 #pragma unroll
@@ -202,7 +186,42 @@ __host__ __device__ __forceinline__ void backward_runs(Activation activation, co
         results[i] = grads[run][i] * activation.derivative(values[run][i]);
       }
     }
-    store<kWidth>(grad_input, R::offset(thread, run), left, full, results);
+    store<kWidth>(grad_input + R::offset(thread, run), results);
+  }
+}
+
+// What one thread does in the last tile, of `left` elements: eight at a time, one after the other,
+// so that this rare path does not cost registers in all the others.
+template <bool kMasked, typename Activation, typename T>
+__host__ __device__ __forceinline__ void forward_tail(Activation activation, const T* x, T* y,
+                                                      uint8_t* mask, int left, int thread) {
+#pragma unroll 1
+  for (int offset = 8 * thread; offset < left; offset += 8 * kThreads) {
+    unsigned bits = 0;
+#pragma unroll 1
+    for (int i = 0; i < 8 && offset + i < left; i++) {
+      const float value = to_float(x[offset + i]);
+      bits |= kMasked && activation.derivative(value) != 0.0f ? 1u << i : 0u;
+      y[offset + i] = static_cast<T>(activation.forward(value));
+    }
+    if (kMasked) {
+      mask[offset / 8] = static_cast<uint8_t>(bits);
+    }
+  }
+}
+
+template <bool kMasked, typename Activation, typename T, typename Saved>
+__host__ __device__ __forceinline__ void backward_tail(Activation activation, const T* grad_output,
+                                                       const Saved* saved, T* grad_input, int left,
+                                                       int thread) {
+#pragma unroll 1
+  for (int i = thread; i < left; i += kThreads) {
+    const float grad = to_float(grad_output[i]);
+    if constexpr (kMasked) {
+      grad_input[i] = static_cast<T>(saved[i / 8] >> i % 8 & 1 ? grad : 0.0f);
+    } else {
+      grad_input[i] = static_cast<T>(grad * activation.derivative(to_float(saved[i])));
+    }
   }
 }
 
@@ -217,9 +236,9 @@ __host__ __device__ __forceinline__ void forward_thread(Activation activation, c
     mask += start / 8;
   }
   if (left >= kTile<T>) {
-    forward_runs<kWidth, kMasked>(activation, x + start, y + start, mask, left, true, thread);
+    forward_tile<kWidth, kMasked>(activation, x + start, y + start, mask, thread);
   } else {
-    forward_runs<kWidth, kMasked>(activation, x + start, y + start, mask, left, false, thread);
+    forward_tail<kMasked>(activation, x + start, y + start, mask, static_cast<int>(left), thread);
   }
 }
 
@@ -234,9 +253,10 @@ __host__ __device__ __forceinline__ void backward_thread(Activation activation,
   grad_output += start;
   grad_input += start;
   if (left >= kTile<T>) {
-    backward_runs<kWidth, kMasked>(activation, grad_output, saved, grad_input, left, true, thread);
+    backward_tile<kWidth, kMasked>(activation, grad_output, saved, grad_input, thread);
   } else {
-    backward_runs<kWidth, kMasked>(activation, grad_output, saved, grad_input, left, false, thread);
+    backward_tail<kMasked>(activation, grad_output, saved, grad_input, static_cast<int>(left),
+                           thread);
   }
 }
 
@@ -268,7 +288,7 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <int kWidth, bool kMasked, typename Activation, typename T, typename Saved>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kBackwardBlocks)
     backward_kernel(Activation activation, const T* grad_output, const Saved* saved, T* grad_input,
                     int64_t numel) {
   backward_thread<kWidth, kMasked>(activation, grad_output, saved, grad_input, numel, blockIdx.x,

@@ -120,9 +120,20 @@ Tensor empty_mask(const Tensor& x) {
   return empty_strided({&size, 1}, {&stride, 1}, aoti_torch_dtype_uint8(), x);
 }
 
-// x in the strides of the dense tensor `like`: itself or a copy.
+// Whether the elements of x lie in the order of those of `like`, a dense tensor of the same shape.
+// The stride of a dimension of size 1 is of no account: channels_last 1 x 1 images are contiguous.
+bool has_layout_of(const Tensor& like, const Tensor& x) {
+  for (int64_t i = 0; i < x.dim(); i++) {
+    if (x.size(i) != 1 && x.stride(i) != like.stride(i)) {
+      return false;
+    }
+  }
+  return true;
+}
+
+// x in the strides of `like`: itself or a copy.
 Tensor with_layout_of(const Tensor& like, const Tensor& x) {
-  if (equal(x.strides(), like.strides())) {
+  if (has_layout_of(like, x)) {
     return x;
   }
   Tensor copy = torch::stable::empty_like(like);

@@ -14,6 +14,7 @@ from fused_act import ops
 from fused_act.backends import DTYPES
 from tests import accuracy
 from tests.cases import (
+    BACKENDS,
     CASES,
     DEVICE,
     INTERPRET,
@@ -89,6 +90,20 @@ def test_layouts(case, backend, dtype, layout):
         if layout != "expanded":
             assert grad.stride() == torch.empty_like(x).stride()
         accuracy.assert_near(case, "derivative", grad, x, weight)
+
+
+@pytest.mark.parametrize("backend", BACKENDS[:1])
+def test_one_by_one_images_are_not_copied(backend):
+    """channels_last and contiguous differ there in strides that nothing steps by."""
+    from fused_act.backends.triton_kernels import with_layout_of
+
+    contiguous = torch.randn(3, 5, 1, 1, device=DEVICE)
+    channels_last = contiguous.as_strided((3, 5, 1, 1), (5, 1, 5, 5))
+    assert with_layout_of(channels_last, contiguous) is contiguous
+    other = torch.randn(5, 3, 1, 1, device=DEVICE).transpose(0, 1)
+    copy = with_layout_of(contiguous, other)
+    assert copy.stride() == contiguous.stride()
+    assert torch.equal(copy, other)
 
 
 @all_cases
