@@ -53,7 +53,7 @@ clean:
 # One stamp for each set of packages, so that a second run installs nothing.
 $(VENV)/torch:
 	$(PYTHON) -m venv $(VENV)
-	$(RUN) -m pip install -q "$(TORCH)" "setuptools>=77" wheel
+	$(RUN) -m pip install -q "$(TORCH)" setuptools wheel
 	@touch $@
 
 $(VENV)/demo: $(VENV)/torch pyproject.toml

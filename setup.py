@@ -16,7 +16,6 @@ import subprocess
 from pathlib import Path
 
 from setuptools import Extension, setup
-from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent
@@ -122,16 +121,6 @@ class BuildWithNvcc(build_ext):
         return target.stat().st_mtime > max(Path(source).stat().st_mtime for source in sources)
 
 
-class StableAbiWheel(bdist_wheel):
-    """Tags a wheel with the extension for every Python, which it never calls; only for Linux."""
-
-    def get_tag(self):
-        python, abi, platform = super().get_tag()
-        return ("cp310", "abi3", platform) if self.distribution.has_ext_modules() else (
-            python, abi, platform,
-        )  # fmt: skip
-
-
 extensions = []
 if builds_cuda():
     extensions = [
@@ -145,5 +134,7 @@ if builds_cuda():
 
 setup(
     ext_modules=extensions,
-    cmdclass={"build_ext": BuildWithNvcc, "bdist_wheel": StableAbiWheel},
+    cmdclass={"build_ext": BuildWithNvcc},
+    # The extension never calls Python, so that one wheel serves all of them.
+    options={"bdist_wheel": {"py_limited_api": "cp310"}},
 )

@@ -62,7 +62,7 @@ def kernels_for(activation: Activation, x: Tensor) -> Kernels:
     forced = backends.forced
     if torch.compiler.is_compiling():
         # Opaque ops end fusion: only who asked for a backend gets them in the graph.
-        if forced is None or torch.compiler.is_exporting():
+        if forced is None or backends.is_exporting():
             return activation.eager
         forced.check_input(activation.name, x)
         return forced.kernels[activation.name]

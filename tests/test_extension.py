@@ -1,16 +1,18 @@
 """The built extension: what it links, what it exports, and that a CPU build of torch loads it."""
 
+import functools
 import re
 import shutil
 import subprocess
 import sys
+import warnings
 import zipfile
 from pathlib import Path
 
 import pytest
 import torch
 
-from fused_act import ops
+from fused_act import backends, ops
 from fused_act.activations import ACTIVATIONS
 from fused_act.backends import cuda, get
 
@@ -87,6 +89,18 @@ def test_truncated_extension_names_the_cure(monkeypatch, tmp_path):
     fake_extension(monkeypatch, path)
     assert "does not load" in cuda.unavailable()
     assert "FUSED_ACT_BUILD_CUDA=1" in cuda.unavailable()
+
+
+def test_truncated_extension_warns_once_under_auto(monkeypatch, tmp_path):
+    path = tmp_path / "_C.abi3.so"
+    path.write_bytes(b"\x7fELF not much more")
+    fake_extension(monkeypatch, path)
+    automatic = functools.cache(backends.automatic.__wrapped__)
+    with pytest.warns(UserWarning, match="does not load .*FUSED_ACT_BUILD_CUDA=1"):
+        automatic()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert automatic().kernels
 
 
 def test_torch_is_checked_before_the_extension_is_loaded(monkeypatch, tmp_path):

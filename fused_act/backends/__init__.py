@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib
+import warnings
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -77,6 +78,11 @@ class Backend:
             )
 
 
+def is_exporting() -> bool:
+    """`torch.compiler.is_exporting()`, which Dynamo before torch 2.12 always takes to be true."""
+    return torch.compiler._is_exporting_flag
+
+
 def gpu_unavailable() -> str | None:
     """Why no GPU here can run the kernels, or None if one can."""
     if not torch.cuda.is_available():
@@ -116,7 +122,13 @@ def available_backends() -> tuple[str, ...]:
 
 @functools.cache
 def automatic() -> Backend:
-    """The backend that `auto` takes for a plain CUDA tensor; settled at the first such tensor."""
+    """The backend that `auto` takes for a plain CUDA tensor; settled at the first such tensor.
+
+    Warns, once, of an extension that is installed but does not load.
+    """
+    broken = importlib.import_module("fused_act.backends.cuda").broken()
+    if broken is not None:
+        warnings.warn(f"fused_act: {broken}", stacklevel=2)
     return next(get(name).ready() for name in NAMES if get(name).unavailable() is None)
 
 

@@ -19,7 +19,7 @@ def fuses(activation, x: Tensor, *parameters: float) -> bool:
     """
     return (
         torch.compiler.is_compiling()
-        and not torch.compiler.is_exporting()
+        and not backends.is_exporting()
         and backends.forced is None
         and type(x) in (Tensor, torch.nn.Parameter)
         and x.dtype in DTYPES
@@ -27,12 +27,21 @@ def fuses(activation, x: Tensor, *parameters: float) -> bool:
     )
 
 
+def convert(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """`x.to(dtype)`, but no op where there is nothing to convert.
+
+    Before torch 2.12, Dynamo loses the gradient of a Function whose forward has such a no-op.
+    """
+    return x if x.dtype is dtype else x.to(dtype)
+
+
 def kernels(activation) -> Kernels:
     """`activation` computed by torch; `x` is what its backward needs."""
 
     def forward(x, *parameters):
         if fuses(activation, x, *parameters):
-            return activation.forward(x.float(), *parameters).to(x.dtype)
+            y = activation.forward(convert(x, torch.float32), *parameters)
+            return convert(y, x.dtype)
         return activation.torch_forward(x, *parameters, inplace=False)
 
     def forward_out(x, *parameters, out):
@@ -40,8 +49,8 @@ def kernels(activation) -> Kernels:
 
     def backward(grad_output, x, *parameters):
         if fuses(activation, x, *parameters):
-            derivative = activation.derivative(x.float(), *parameters)
-            return (grad_output.float() * derivative).to(x.dtype)
+            derivative = activation.derivative(convert(x, torch.float32), *parameters)
+            return convert(convert(grad_output, torch.float32) * derivative, x.dtype)
         return activation.torch_backward(grad_output, x, *parameters)
 
     return Kernels(forward, forward_out, None, None, backward)
