@@ -101,8 +101,10 @@ def activate(activation: Activation, x: Tensor, inplace: bool, *parameters: floa
     if torch.compiler.is_compiling():
         # Backward needs x as it was; Inductor drops the clone.
         return x.copy_(activate(activation, x.clone(), False, *parameters))
-    # Which leaf, view or inference tensor may be written torch knows; it raises before it writes.
-    if (needs_grad and (x.is_leaf or x._is_view())) or x.is_inference():
+    # Which leaf or view may be written torch knows, and it raises before it writes; likewise an
+    # inference tensor outside inference mode.
+    forbidden = x.is_inference() and not torch.is_inference_mode_enabled()
+    if forbidden or (needs_grad and (x.is_leaf or x._is_view())):
         return activation.torch_forward(x, *parameters, inplace=True)
     if not needs_grad:
         call(kernels.forward_out, x, *parameters, out=x)

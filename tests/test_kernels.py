@@ -253,7 +253,9 @@ def test_inplace_on_an_inference_tensor(case, backend):
     with torch.inference_mode():
         x = torch.linspace(-3, 8, 5, device=DEVICE)
         before = x.clone()
-        case.function(x, inplace=True)
+        with torch.profiler.profile() as profile:
+            case.function(x, inplace=True)
+        assert f"fused_act_{backend}::{case.name}" in [event.name for event in profile.events()]
         accuracy.assert_near(case, "forward", x, before)
     with pytest.raises(RuntimeError, match=r"[Ii]nference"):
         case.function(x, inplace=True)
