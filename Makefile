@@ -40,6 +40,7 @@ bench: $(VENV)/demo
 
 # Installs nothing: it takes the torch of PYTHON and builds the extension in place.
 gpu:
+	@$(PYTHON) -c "import sys, torch; torch.cuda.is_available() or sys.exit('torch sees no CUDA GPU')"
 	$(PYTHON) setup.py -q build_ext --inplace
 	$(PYTHON) -m pytest -m gpu
 	$(PYTHON) -m benchmarks.compare_speed --results $(RESULTS)
