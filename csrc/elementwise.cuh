@@ -24,10 +24,9 @@ constexpr int kThreads = 256;
 // Per thread and input; two 16-byte loads in flight keep enough of a Hopper SM's memory busy.
 constexpr int kBytesPerThread = 32;
 
-// Blocks per SM that backward is compiled for. With 64 registers instead of 32 the compiler leaves
-// all loads in front of the math: 4 blocks of 64 bytes a thread, 64 KiB in flight, where a Hopper
-// SM wants
-// 48. With 32 it sinks most of them to where they are used.
+// Blocks per SM that backward is compiled for. With up to 64 registers the compiler leaves all
+// loads in front of the math: 4 blocks, 64 bytes a thread, so 64 KiB are in flight where a Hopper
+// SM wants 48. With 32 registers it sinks most of them to where they are used.
 constexpr int kBackwardBlocks = 4;
 
 template <typename T>

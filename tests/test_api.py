@@ -1,11 +1,13 @@
 """The public surface: names, modules, backend selection, replacement, errors, import cost."""
 
+import concurrent.futures
 import copy
 import importlib.metadata
 import os
 import pickle
 import subprocess
 import sys
+import time
 import types
 
 import pytest
@@ -136,6 +138,20 @@ def test_use_backend_is_setter_and_context_manager():
         fused_act.use_backend("torch")
         with setting:
             assert fused_act.backends.forced is None
+
+
+def test_a_backend_loads_once_for_all_threads():
+    loads = []
+
+    def load():
+        time.sleep(0.02)
+        loads.append(1)
+        return {"mish": MISH.eager}
+
+    backend = fused_act.backends.Backend("slow", lambda: None, load, None)
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        assert all(found is backend for found in pool.map(lambda _: backend.ready(), range(8)))
+    assert loads == [1]
 
 
 def test_triton_without_package_metadata(monkeypatch):

@@ -5,12 +5,15 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib
+import threading
 import warnings
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+LOADING = threading.Lock()
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -48,8 +51,9 @@ class Backend:
 
     def ready(self) -> Backend:
         """This backend, loaded. Done when it is selected, since Dynamo cannot trace it."""
-        if not self.kernels:
-            self.kernels.update(self.load())
+        with LOADING:  # an op takes a kernel once, and two threads may come first
+            if not self.kernels:
+                self.kernels.update(self.load())
         return self
 
     def check_input(self, op: str, x: Tensor) -> None:
