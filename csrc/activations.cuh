@@ -15,6 +15,8 @@ constexpr float kTail = -87.0f;
 
 // y = x * tanh(softplus(x)), arXiv:1908.08681. With e = e^x, n = e (e + 2), r = 1 / (n + 2):
 //   y = x n r,   y' = r (n + 4 x r (e^2 + e)).
+// In the tail both are proportional to e, in fp32 even with h = e^(x/2) in its place: so take the
+// result with h, times h. A select between two results would become a branch around the longer one.
 template <typename T>
 struct Mish {
   static constexpr bool kLow = sizeof(T) == 2;
@@ -29,7 +31,8 @@ struct Mish {
       const bool tail = clamped < kTail;
       const float e = exp_compensated(tail ? 0.5f * clamped : clamped, 0.0f);
       const float n = fmaf(e, e, e + e);
-      return tail ? (x * e) * e : x * (n * reciprocal_approx(n + 2.0f));
+      const float gate = quotient(n, n + 2.0f, reciprocal_approx(n + 2.0f));
+      return (x * gate) * (tail ? e : 1.0f);
     }
   }
 
@@ -46,8 +49,8 @@ struct Mish {
       const float e = exp_compensated(tail ? 0.5f * clamped : clamped, 0.0f);
       const float n = fmaf(e, e, e + e);
       const float r = reciprocal_approx(n + 2.0f);
-      const float bulk = r * fmaf(4.0f * clamped * r, fmaf(e, e, e), n);
-      return tail ? ((1.0f + clamped) * e) * e : bulk;
+      const float numerator = fmaf(4.0f * clamped * r, fmaf(e, e, e), n);
+      return quotient(numerator, n + 2.0f, r) * (tail ? e : 1.0f);
     }
   }
 };

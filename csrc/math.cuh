@@ -90,6 +90,12 @@ __host__ __device__ __forceinline__ float clamp(float x, float minimum, float ma
   return clamp_max(clamp_min(x, minimum), maximum);
 }
 
+// a / b, where r is about 1 / b: what rounding and r are off by is computed and put back.
+__host__ __device__ __forceinline__ float quotient(float a, float b, float r) {
+  const float q = a * r;
+  return fmaf(fmaf(-q, b, a), r, q);
+}
+
 // e^(x + x_low) within 3 ULP: the rounding error of x * log2(e) is computed and put back.
 __host__ __device__ __forceinline__ float exp_compensated(float x, float x_low) {
   const float t = x * kLog2e;

@@ -47,13 +47,27 @@ def reciprocal_approx(x):
 
 
 @triton.jit
-def product_error(a, b, product):
-    """What rounding took from the product of a and b."""
-    if INTERPRET:  # its tl.fma rounds twice, and a scalar there is a Python float
-        b = tl.full((), b, tl.float32).to(tl.float64)
-        return (a.to(tl.float64) * b - product.to(tl.float64)).to(tl.float32)
+def fma(a, b, c):
+    """a b + c, rounded once, for a c that may cancel a b."""
+    if INTERPRET:  # its tl.fma rounds twice
+        return (a.to(tl.float64) * b.to(tl.float64) + c.to(tl.float64)).to(tl.float32)
     else:
-        return tl.fma(a, b, -product)
+        return tl.fma(a, b, c)
+
+
+@triton.jit
+def product_error(a, b, product):
+    """What rounding took from the product of a and a scalar b."""
+    if INTERPRET:  # where a scalar is a Python float
+        b = tl.full((), b, tl.float32)
+    return fma(a, b, -product)
+
+
+@triton.jit
+def quotient(a, b, r):
+    """a / b, where r is about 1 / b: what rounding and r are off by is computed and put back."""
+    q = a * r
+    return tl.fma(fma(-q, b, a), r, q)
 
 
 @triton.jit
@@ -75,6 +89,8 @@ def clamp(x, minimum, maximum):
     return clamp_max(tl.maximum(x, minimum, propagate_nan=tl.PropagateNan.ALL), maximum)
 
 
+# In the tail results are proportional to e^x, in fp32 even with h = e^(x/2) in its place: so take
+# the result with h, times h.
 @triton.jit
 def mish_forward(x, LOW: tl.constexpr):
     if LOW:
@@ -86,7 +102,8 @@ def mish_forward(x, LOW: tl.constexpr):
         tail = clamped < TAIL
         e = exp_compensated(tl.where(tail, 0.5 * clamped, clamped), 0.0)
         n = tl.fma(e, e, e + e)
-        return tl.where(tail, (x * e) * e, x * (n * reciprocal_approx(n + 2.0)))
+        gate = quotient(n, n + 2.0, reciprocal_approx(n + 2.0))
+        return (x * gate) * tl.where(tail, e, 1.0)
 
 
 @triton.jit
@@ -103,8 +120,8 @@ def mish_derivative(x, LOW: tl.constexpr):
         e = exp_compensated(tl.where(tail, 0.5 * clamped, clamped), 0.0)
         n = tl.fma(e, e, e + e)
         r = reciprocal_approx(n + 2.0)
-        bulk = r * tl.fma(4.0 * clamped * r, tl.fma(e, e, e), n)
-        return tl.where(tail, ((1.0 + clamped) * e) * e, bulk)
+        numerator = tl.fma(4.0 * clamped * r, tl.fma(e, e, e), n)
+        return quotient(numerator, n + 2.0, r) * tl.where(tail, e, 1.0)
 
 
 @triton.jit
