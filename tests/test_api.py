@@ -63,13 +63,14 @@ def test_swish_module():
     [
         (float("nan"), ValueError),
         (float("inf"), ValueError),
+        (-2.4e38, ValueError),
         ("1", TypeError),
         (None, TypeError),
         (True, TypeError),
         (torch.ones(()), TypeError),
     ],
 )
-def test_beta_must_be_a_finite_float(beta, error):
+def test_beta_must_be_a_float_that_fp32_takes(beta, error):
     x = torch.randn(3)
     with pytest.raises(error, match="beta"):
         fused_act.swish(x, beta)

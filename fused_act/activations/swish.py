@@ -7,7 +7,6 @@ Elfwing, Uchibe, Doya, "Sigmoid-Weighted Linear Units", 2017, arXiv:1702.03118.
 from __future__ import annotations
 
 import numbers
-import sys
 
 import torch
 import torch.nn.functional as F
@@ -61,13 +60,16 @@ SWISH = Activation(
 )
 
 
-def finite_float(beta: float) -> float:
+# Up to here fp32 holds beta * log2(e). Beyond, it would be infinite, and NaN for x = 0.
+LARGEST_BETA = 2.3e38
+
+
+def checked(beta: float) -> float:
     """`beta` as a float, or a clear error."""
     if not isinstance(beta, numbers.Real) or isinstance(beta, bool):
         raise TypeError(f"swish: expected beta to be a float, got {type(beta).__name__}")
-    # Not math.isfinite, which Dynamo cannot trace for a beta that it makes symbolic.
-    if not -sys.float_info.max <= beta <= sys.float_info.max:
-        raise ValueError(f"swish: expected beta to be finite, got {beta}")
+    if not -LARGEST_BETA <= beta <= LARGEST_BETA:
+        raise ValueError(f"swish: expected |beta| to be at most {LARGEST_BETA}, got {beta}")
     return float(beta)
 
 
@@ -78,7 +80,7 @@ def swish(x: Tensor, beta: float = 1.0, inplace: bool = False) -> Tensor:
         x: any shape and strides. On a GPU float16, bfloat16 and float32 run fused kernels; all
             other tensors, and all other devices, get `torch.nn.functional.silu` (beta = 1) or
             `x * torch.sigmoid(beta * x)`.
-        beta: a finite float.
+        beta: a float, at most 2.3e38 in magnitude.
         inplace: write the result into `x`.
 
     Returns:
@@ -87,7 +89,7 @@ def swish(x: Tensor, beta: float = 1.0, inplace: bool = False) -> Tensor:
     Backward saves `x` (a copy of it if `inplace`) and is exact, to any order.
 
     Raises:
-        TypeError, ValueError: `beta` is not a finite float, or a backend forced by `use_backend`
+        TypeError, ValueError: `beta` is not such a float, or a backend forced by `use_backend`
             does not take `x`.
         RuntimeError: as `torch.nn.functional.silu`, for dtypes that it does not support and for
             `inplace` on a leaf that requires grad.
@@ -95,7 +97,7 @@ def swish(x: Tensor, beta: float = 1.0, inplace: bool = False) -> Tensor:
     if torch.jit.is_scripting():
         gate = torch.sigmoid(beta * x)
         return x.mul_(gate) if inplace else x * gate
-    return activate(SWISH, x, inplace, finite_float(beta))
+    return activate(SWISH, x, inplace, checked(beta))
 
 
 def silu(x: Tensor, inplace: bool = False) -> Tensor:
@@ -113,16 +115,16 @@ class Swish(torch.nn.Module):
     """Swish with a fixed beta, computed by `fused_act.swish`.
 
     Args:
-        beta: a finite float.
+        beta: a float, at most 2.3e38 in magnitude.
         inplace: write the result into the input.
 
     Raises:
-        TypeError, ValueError: `beta` is not a finite float.
+        TypeError, ValueError: `beta` is not such a float.
     """
 
     def __init__(self, beta: float = 1.0, inplace: bool = False):
         super().__init__()
-        self.beta = finite_float(beta)
+        self.beta = checked(beta)
         self.inplace = inplace
 
     def forward(self, input: Tensor) -> Tensor:
