@@ -141,7 +141,7 @@ def print_results(rows: list[dict]) -> None:
                 f"{row['max_absolute']:.2g}",
             )
             lines.append((case if row is found[0] else "", row["provider"], *figures))
-    environment.print_table(header, lines)
+    print(environment.table(header, lines))
     print("\nCorrectly rounded by all:", *exact, sep="\n  ")
     providers.print_errors(rows)
 

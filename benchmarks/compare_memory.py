@@ -159,7 +159,7 @@ def print_results(rows: list[dict], names: list[str]) -> None:
         key = f"{row['activation']} {row['dtype']} {row['case']}{inplace}"
         found.setdefault(key, {})[row["provider"]] = row
     lines = [(key, *(cell(cells.get(name)) for name in names)) for key, cells in found.items()]
-    environment.print_table(["", *names], lines)
+    print(environment.table(["", *names], lines))
     providers.print_errors(rows)
 
 

@@ -231,7 +231,7 @@ def print_results(rows: list[dict], names: list[str]) -> None:
         (case_name(case), *(cell(found.get(name)) for name in names))
         for case, found in by_case(rows).items()
     ]
-    environment.print_table(["", *names], lines)
+    print(environment.table(["", *names], lines))
     providers.print_errors(rows)
 
 

@@ -100,13 +100,12 @@ def write_csv(path: Path, rows: Sequence[dict]) -> None:
     print(f"\n{len(rows)} rows in {path}")
 
 
-def print_table(header: Sequence[str], lines: Iterable[Sequence[str]]) -> None:
-    """Print `lines` under `header`, separated by tabs where tabulate is not installed."""
+def table(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
+    """`lines` under `header`, separated by tabs where tabulate is not installed."""
     lines = list(lines)
     try:
         from tabulate import tabulate
     except ImportError:
-        print("\n".join("\t".join(cells) for cells in (header, *lines)))
-        return
+        return "\n".join("\t".join(cells) for cells in (header, *lines))
     aligned = ["left", *["right"] * (len(header) - 1)]
-    print(tabulate(lines, header, "plain", colalign=aligned, disable_numparse=True))
+    return tabulate(lines, header, "plain", colalign=aligned, disable_numparse=True)

@@ -307,7 +307,9 @@ def main() -> None:
     found = list(rows(arguments.capability))
     folder = environment.ROOT / "results" / "machine_code"
     environment.write_csv(folder / f"sm_{arguments.capability}.csv", found)
-    environment.print_table(list(found[0]), [[str(cell) for cell in row.values()] for row in found])
+    print(
+        environment.table(list(found[0]), [[str(cell) for cell in row.values()] for row in found])
+    )
 
 
 if __name__ == "__main__":

@@ -110,10 +110,10 @@ def check(
 
 def is_dense(shape: Sequence[int], stride: Sequence[int]) -> bool:
     """Whether a tensor of `shape` and `stride` fills its memory without gap or overlap."""
+    if 0 in shape:
+        return True
     expected = 1
     for step, size in sorted((step, size) for size, step in zip(shape, stride) if size != 1):
-        if size == 0:
-            return True
         if step != expected:
             return False
         expected *= size

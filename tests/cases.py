@@ -19,6 +19,10 @@ from fused_act.backends import DTYPES
 
 # The parameters that each activation with parameters is tested with; the others take none.
 PARAMETERS = {"swish": [(1.0,), (1.702,), (-2.0,)]}
+# More of them for the accuracy: beta * x overflows for the largest, underflows for the smallest.
+ACCURACY_PARAMETERS = {
+    "swish": [*PARAMETERS["swish"], (0.5,), (8.0,), (2.3e38,), (-2.3e38,), (1e-40,)]
+}
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRET else "cpu"
@@ -53,16 +57,21 @@ def bind(function, activation: Activation, parameters: tuple[float, ...]):
     return functools.partial(function, **dict(zip(activation.parameters, parameters)))
 
 
-CASES = [
-    Case(
-        activation,
-        parameters,
-        bind(getattr(fused_act, activation.name), activation, parameters),
-        bind(TORCH_FUNCTIONS[activation.name], activation, parameters),
-    )
-    for activation in ACTIVATIONS
-    for parameters in PARAMETERS.get(activation.name, [()])
-]
+def cases(parameters_by_name: dict[str, list[tuple[float, ...]]]) -> list[Case]:
+    return [
+        Case(
+            activation,
+            parameters,
+            bind(getattr(fused_act, activation.name), activation, parameters),
+            bind(TORCH_FUNCTIONS[activation.name], activation, parameters),
+        )
+        for activation in ACTIVATIONS
+        for parameters in parameters_by_name.get(activation.name, [()])
+    ]
+
+
+CASES = cases(PARAMETERS)
+ACCURACY_CASES = cases(ACCURACY_PARAMETERS)
 
 # On a machine without a GPU the Triton kernels run in the interpreter, in a process of their own.
 BACKENDS = [
@@ -71,15 +80,57 @@ BACKENDS = [
 ]
 
 all_cases = pytest.mark.parametrize("case", CASES, ids=str)
+all_accuracy_cases = pytest.mark.parametrize("case", ACCURACY_CASES, ids=str)
 all_backends = pytest.mark.parametrize("backend", BACKENDS)
 all_dtypes = pytest.mark.parametrize(
     "dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch.")
 )
+both_16_bit_dtypes = pytest.mark.parametrize("dtype", DTYPES[:2], ids=["float16", "bfloat16"])
+
+
+# Around the ends of vectors, mask bytes and tiles: 4,096 and 8,192 elements are tiles.
+SIZES = [*range(71), 127, 128, 129, 1023, 1024, 1025, 2047, 2048, 2049, 4095, 4096, 4097, 8193]
+LARGE = 2**20 + 1
+
+
+class Guarded:
+    """Memory for an output, `inside`, between bands that nobody may write.
+
+    Args:
+        offset: elements that `inside` begins behind an aligned address.
+    """
+
+    BAND, VALUE = 4096, 77
+
+    def __init__(self, numel: int, dtype: torch.dtype, offset: int = 0, device: str = "cpu"):
+        start = self.BAND + offset
+        self.buffer = torch.full((start + numel + self.BAND,), self.VALUE, dtype=dtype).to(device)
+        self.inside = self.buffer[start : start + numel]
+
+    def assert_untouched_outside(self) -> None:
+        start = self.inside.storage_offset()
+        end = start + self.inside.numel()
+        assert (self.buffer[:start] == self.VALUE).all()
+        assert (self.buffer[end:] == self.VALUE).all()
+
+
+def unpack_mask(mask: Tensor, numel: int) -> Tensor:
+    """The first `numel` bits of a mask; asserts that those behind them are 0."""
+    bits = (mask.unsqueeze(1) >> torch.arange(8, dtype=torch.uint8, device=mask.device)) & 1
+    bits = bits.flatten().bool()
+    assert not bits[numel:].any()
+    return bits[:numel]
 
 
 def random(*shape: int, **kwargs) -> Tensor:
     """Normal values, wide enough to reach both ends of ReLU6 and the tails of the others."""
     return 4 * torch.randn(*shape, **kwargs)
+
+
+def strided(shape, stride, **kwargs) -> Tensor:
+    """A tensor of any stride, on memory that just holds it."""
+    last = sum((size - 1) * step for size, step in zip(shape, stride))
+    return random(last + 1, **kwargs).as_strided(shape, stride)
 
 
 # Each makes a tensor of its layout from nothing but a dtype and a device.
@@ -88,14 +139,36 @@ LAYOUTS = {
     "channels_last": lambda **kwargs: random(4, 6, 5, 7, **kwargs).contiguous(
         memory_format=torch.channels_last
     ),
+    "channels_last_3d": lambda **kwargs: random(2, 3, 4, 5, 3, **kwargs).contiguous(
+        memory_format=torch.channels_last_3d
+    ),
     "transposed": lambda **kwargs: random(33, 17, **kwargs).t(),
     "permuted": lambda **kwargs: random(3, 5, 7, 9, **kwargs).permute(2, 0, 3, 1),
     "gapped": lambda **kwargs: random(19, 22, **kwargs)[:, ::2],
+    "gapped_rows": lambda **kwargs: random(19, 23, **kwargs)[1::3, 2:-1],
     "gapped_permuted": lambda **kwargs: random(6, 10, 8, **kwargs)[:, ::2].permute(2, 0, 1),
     "expanded": lambda **kwargs: random(1, 13, **kwargs).expand(9, 13),
+    "expanded_inside": lambda **kwargs: random(9, 1, 5, **kwargs).expand(9, 13, 5),
+    "overlapping": lambda **kwargs: strided((11, 6), (2, 1), **kwargs),
     "offset": lambda **kwargs: random(4099, **kwargs)[3:],
+    "one_by_one_images": lambda **kwargs: strided((3, 5, 1, 1), (5, 1, 5, 5), **kwargs),
     "scalar": lambda **kwargs: 4 * torch.randn((), **kwargs),
     "one": lambda **kwargs: random(1, **kwargs),
-    "empty": lambda **kwargs: random(3, 0, 5, **kwargs),
+    "empty": lambda **kwargs: random(0, **kwargs),
+    "empty_expanded": lambda **kwargs: random(1, 0, **kwargs).expand(2, 0),
+    "empty_inside": lambda **kwargs: random(3, 0, 5, **kwargs).transpose(0, 2),
 }
 all_layouts = pytest.mark.parametrize("layout", LAYOUTS)
+
+# What autograd may hand in for an output y, whatever the layout of y.
+GRAD_LAYOUTS = {
+    "of_y": torch.randn_like,
+    "transposed": lambda y: torch.randn(y.shape[::-1], dtype=y.dtype, device=y.device).permute(
+        tuple(range(y.dim()))[::-1]
+    ),
+    "gapped": lambda y: torch.randn(*y.shape, 3, dtype=y.dtype, device=y.device)[..., 1],
+    "expanded_by_sum": lambda y: torch.ones((), dtype=y.dtype, device=y.device).expand(y.shape),
+    "expanded_inside": lambda y: torch.randn(
+        [1, *y.shape[1:]][: y.dim()], dtype=y.dtype, device=y.device
+    ).expand(y.shape),
+}

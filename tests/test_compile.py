@@ -1,4 +1,7 @@
-"""Under torch.compile the public functions give one graph of fusible math."""
+"""Under torch.compile the public functions give one graph of fusible math.
+
+How accurate it is: test_accuracy.py.
+"""
 
 import shutil
 
@@ -7,7 +10,6 @@ import torch
 
 import fused_act
 from fused_act.backends import eager
-from tests import accuracy
 from tests.cases import CASES, all_cases, all_dtypes
 
 pytestmark = pytest.mark.skipif(
@@ -78,50 +80,6 @@ def test_default_graph_has_no_opaque_op(case):
     (graph_module,) = graphs
     targets = [str(node.target) for m in graph_module.modules() for node in m.graph.nodes]
     assert not [target for target in targets if "fused_act" in target]
-
-
-FUSED = [case for case in CASES if case.activation.fuses(*case.parameters)]
-
-
-def test_the_right_ones_emit_their_formula():
-    assert [str(case) for case in FUSED] == ["mish", "swish-1.702", "swish--2.0"]
-
-
-def compiled_pair(case, x):
-    """f(x) and f'(x) as Inductor computes them, with no rounding between them and the output."""
-
-    @torch.compile(fullgraph=True)
-    def both(x):
-        return case.function(x)
-
-    y = both(x)
-    return y, torch.autograd.grad(y, x, torch.ones_like(y))[0]
-
-
-def eager_pair(case, x):
-    """f(x) and f'(x) as the formula's torch ops compute them one by one."""
-    y = case.activation.forward(x.float(), *case.parameters).to(x.dtype)
-    return y, case.activation.derivative(x.float(), *case.parameters).to(x.dtype)
-
-
-@pytest.mark.parametrize("case", FUSED, ids=str)
-@pytest.mark.parametrize("pair", [compiled_pair, eager_pair])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
-def test_formula_is_accurate_on_every_16_bit_input(case, pair, dtype):
-    x = accuracy.all_finite(dtype).requires_grad_()
-    y, derivative = pair(case, x)
-    accuracy.check(case, "forward", x, y)
-    accuracy.check(case, "derivative", x, derivative)
-
-
-@pytest.mark.parametrize("case", FUSED, ids=str)
-def test_formula_is_accurate_in_fp32(case):
-    x = accuracy.stratified_fp32()
-    y, derivative = eager_pair(case, x)
-    # Torch ops have no fma to tell what rounding took from beta * x.
-    scaled = accuracy.Tolerance(full=128.0) if case.parameters else None
-    accuracy.check(case, "forward", x, y, scaled)
-    accuracy.check(case, "derivative", x, derivative, scaled)
 
 
 def test_eager_is_not_fused():

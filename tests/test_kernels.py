@@ -14,26 +14,15 @@ from fused_act import ops
 from fused_act.backends import DTYPES
 from tests import accuracy
 from tests.cases import (
-    BACKENDS,
-    CASES,
     DEVICE,
-    INTERPRET,
     LAYOUTS,
     all_backends,
     all_cases,
     all_dtypes,
-    all_layouts,
+    unpack_mask,
 )
 
-
-@pytest.fixture(autouse=True)
-def forced(request, automatic_backend):
-    """Force the backend that the test is parametrized with."""
-    if "backend" in request.fixturenames:
-        with fused_act.use_backend(request.getfixturevalue("backend")):
-            yield
-    else:
-        yield
+pytestmark = pytest.mark.usefixtures("forced")
 
 
 def kernels(backend, case):
@@ -42,121 +31,6 @@ def kernels(backend, case):
 
 def make(layout, dtype):
     return LAYOUTS[layout](dtype=dtype, device=DEVICE)
-
-
-@all_cases
-@all_backends
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
-def test_every_16_bit_input(case, backend, dtype):
-    x = accuracy.all_finite(dtype).to(DEVICE).requires_grad_()
-    y = case.function(x)
-    (grad,) = torch.autograd.grad(y, x, torch.ones_like(y))
-    if INTERPRET and dtype is torch.bfloat16:
-        accuracy.check_interpreted_bf16(case, x, y, grad)
-        return
-    accuracy.check(case, "forward", x, y)
-    accuracy.check(case, "derivative", x, grad)
-
-
-@all_cases
-@all_backends
-def test_fp32_in_every_binade(case, backend):
-    x = accuracy.stratified_fp32(128 if INTERPRET else 4096).to(DEVICE).requires_grad_()
-    y = case.function(x)
-    (grad,) = torch.autograd.grad(y, x, torch.ones_like(y))
-    accuracy.check(case, "forward", x, y)
-    accuracy.check(case, "derivative", x, grad)
-
-
-@all_cases
-@all_backends
-@all_dtypes
-@all_layouts
-def test_layouts(case, backend, dtype, layout):
-    x = make(layout, dtype).requires_grad_()
-    expected = case.torch_function(x.detach())
-    for y in (case.function(x), case.function(x.detach())):
-        assert y.shape == x.shape
-        assert y.stride() == expected.stride()
-        accuracy.assert_near(case, "forward", y.detach(), x)
-    y = case.function(x)
-    # As torch makes them: of y's layout, transposed, expanded by sum().
-    for weight in (
-        torch.randn_like(y),
-        torch.randn(y.shape[::-1], dtype=dtype, device=DEVICE).permute(tuple(range(y.dim()))[::-1]),
-        torch.ones((), dtype=dtype, device=DEVICE).expand(y.shape),
-    ):
-        (grad,) = torch.autograd.grad(y, x, weight, retain_graph=True)
-        if layout != "expanded":
-            assert grad.stride() == torch.empty_like(x).stride()
-        accuracy.assert_near(case, "derivative", grad, x, weight)
-
-
-@pytest.mark.parametrize("backend", BACKENDS[:1])
-def test_one_by_one_images_are_not_copied(backend):
-    """channels_last and contiguous differ there in strides that nothing steps by."""
-    from fused_act.backends.triton_kernels import with_layout_of
-
-    contiguous = torch.randn(3, 5, 1, 1, device=DEVICE)
-    channels_last = contiguous.as_strided((3, 5, 1, 1), (5, 1, 5, 5))
-    assert with_layout_of(channels_last, contiguous) is contiguous
-    other = torch.randn(5, 3, 1, 1, device=DEVICE).transpose(0, 1)
-    copy = with_layout_of(contiguous, other)
-    assert copy.stride() == contiguous.stride()
-    assert torch.equal(copy, other)
-
-
-@all_cases
-@all_backends
-@all_dtypes
-def test_sizes_around_a_tile(case, backend, dtype):
-    for size in (1, 7, 8, 9, 15, 16, 17, 2047, 2048, 2049, 4095, 4096, 4097, 8193):
-        for offset in (0, 1):
-            x = 4 * torch.randn(size + offset, device=DEVICE).to(dtype)[offset:].requires_grad_()
-            y = case.function(x)
-            weight = torch.randn_like(y)
-            (grad,) = torch.autograd.grad(y, x, weight)
-            accuracy.assert_near(case, "forward", y.detach(), x)
-            accuracy.assert_near(case, "derivative", grad, x, weight)
-
-
-@all_cases
-@all_backends
-@all_dtypes
-def test_nothing_outside_the_output_is_written(case, backend, dtype):
-    guard = 4096
-    for size in (1, 9, 1023, 1025, 2040, 2047, 2049, 4095, 4097):
-        x = 4 * torch.randn(size, device=DEVICE).to(dtype)
-        for offset in (0, 1, 3):
-            buffer = torch.full((size + 2 * guard,), 77, dtype=dtype, device=DEVICE)
-            out = buffer[guard + offset : guard + offset + size]
-            kernels(backend, case).forward_out(x, *case.parameters, out=out)
-            accuracy.assert_near(case, "forward", out, x)
-            assert (buffer[: guard + offset] == 77).all()
-            assert (buffer[guard + offset + size :] == 77).all()
-
-
-@all_cases
-@all_backends
-@all_dtypes
-def test_specials(case, backend, dtype):
-    info, inf = torch.finfo(dtype), float("inf")
-    values = [float("nan"), inf, -inf, 0.0, -0.0, 6.0, info.max, info.min, info.tiny, -info.tiny]
-    x = torch.tensor(values, dtype=dtype, device=DEVICE)
-    if INTERPRET and dtype is torch.bfloat16:
-        # It truncates the largest ones to the next smaller value; NaN and infinities it keeps.
-        x = x[:6]
-    x = x.requires_grad_()
-    y = case.function(x)
-    torch.testing.assert_close(y, case.torch_function(x), equal_nan=True)
-    (grad,) = torch.autograd.grad(y, x, torch.ones_like(y))
-    assert not grad[x.isfinite()].isnan().any()
-    if case.activation.saves_mask:
-        assert grad[0] == 1  # NaN passes the gradient on
-        assert grad[3:6].tolist() == [0, 0, 0]
-    else:
-        (theirs,) = torch.autograd.grad(case.torch_function(x).sum(), x)
-        assert grad[0].isnan() == theirs[0].isnan()
 
 
 @all_backends
@@ -169,11 +43,9 @@ def test_mask_is_one_bit_an_element_in_memory_order(backend, dtype):
         fused_act.relu6(x)
     assert sum(tensor.numel() * tensor.itemsize for tensor in saved) == -(-x.numel() // 8)
     mask = next(tensor for tensor in saved if tensor.numel() > 0)
-    bits = mask.unsqueeze(1) >> torch.arange(8, dtype=torch.uint8, device=DEVICE) & 1
     in_memory_order = x.detach().permute(0, 2, 3, 1).flatten()
-    expected = torch.zeros(8 * mask.numel(), dtype=torch.bool, device=DEVICE)
-    expected[: x.numel()] = (in_memory_order > 0) & (in_memory_order < 6)
-    assert torch.equal(bits.flatten().bool(), expected)
+    expected = (in_memory_order > 0) & (in_memory_order < 6)
+    assert torch.equal(unpack_mask(mask, x.numel()), expected)
 
 
 @all_backends
@@ -217,12 +89,13 @@ def test_inplace(case, backend, dtype, layout):
 
 @all_cases
 @all_backends
-@all_layouts
+# torch looks for no other overlap than that of expanded tensors, and its results depend on it.
+@pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "overlapping"])
 def test_inplace_without_grad(case, backend, layout):
     x = make(layout, torch.float32)
     before = x.clone()
     version = x._version
-    if layout == "expanded":
+    if layout.startswith("expanded"):
         with pytest.raises(RuntimeError, match="more than one element"):
             case.function(x, inplace=True)
         assert torch.equal(x, before)
@@ -391,14 +264,6 @@ def test_transforms_go_to_torch(case, backend):
         lambda f: torch.func.hessian(lambda t: f(t).sum())(x),
     ):
         assert torch.equal(transform(case.function), transform(case.torch_function))
-
-
-@all_cases
-@all_backends
-def test_negative_bit_views(case, backend):
-    x = torch.randn(9, dtype=torch.complex64, device=DEVICE).conj().imag
-    assert x.is_neg()
-    accuracy.assert_near(case, "forward", case.function(x), x.resolve_neg())
 
 
 @all_backends
@@ -595,52 +460,3 @@ def test_changing_the_backend_recompiles(backend):
 def test_auto_takes_a_kernel_on_a_gpu(case):
     x = torch.randn(3, device="cuda", requires_grad=True)
     assert type(case.function(x).grad_fn).__name__.startswith(case.name.title())
-
-
-@pytest.mark.gpu
-@all_cases
-@all_backends
-def test_cuda_graph_capture(case, backend):
-    x = torch.randn(4097, device="cuda", dtype=torch.bfloat16)
-    case.function(x)  # compiles and loads, which a capture must not
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        y = case.function(x)
-    for _ in range(3):
-        x.normal_()
-        graph.replay()
-        assert torch.equal(y, case.function(x))
-
-
-@pytest.mark.gpu
-@all_cases
-@all_backends
-def test_current_stream(case, backend):
-    x = torch.randn(2**20, device="cuda")
-    expected = case.function(x)
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        late = torch.zeros_like(x)
-        torch.cuda._sleep(10_000_000)
-        late.copy_(x)
-        y = case.function(late)
-    stream.synchronize()
-    assert torch.equal(y, expected)
-
-
-@pytest.mark.gpu
-@all_backends
-@pytest.mark.parametrize("case", CASES[:1] + CASES[-1:], ids=str)
-def test_more_than_2_to_the_31_elements(case, backend):
-    numel = 2**31 + 4099
-    if torch.cuda.get_device_properties(0).total_memory < 6 * 2 * numel:
-        pytest.skip("needs 24 GiB of GPU memory")
-    x = torch.zeros(numel, device="cuda", dtype=torch.float16)
-    x[-5000:] = 4 * torch.randn(5000, device="cuda")
-    x.requires_grad_()
-    y = case.function(x)
-    (grad,) = torch.autograd.grad(y, x, torch.ones_like(y))
-    tail = x.detach()[-5000:]
-    accuracy.assert_near(case, "forward", y.detach()[-5000:], tail)
-    accuracy.assert_near(case, "derivative", grad[-5000:], tail)
