@@ -263,6 +263,23 @@ def cuda_kernel(
     return Kernel(name, instructions, 32 // itemsize)
 
 
+def cuda_ptx(library: Path) -> str:
+    """The PTX that the extension carries for GPUs to come."""
+    command = [tool("cuobjdump"), "-ptx", str(library)]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def block_index_uses(ptx: str) -> dict[str, list[str]]:
+    """What each kernel of `ptx` does with its block index: the opcodes that take it, by kernel."""
+    uses = {}
+    for entry in re.split(r"\.entry\s+", ptx)[1:]:
+        name = re.match(r"\w+", entry)[0]
+        uses[name] = []
+        for register in re.findall(r"mov\.u32\s+(%\w+), %ctaid\.x;", entry):
+            uses[name] += re.findall(rf"^\s*(\S+)\s+%\w+,.*{register}\b", entry, flags=re.MULTILINE)
+    return uses
+
+
 def kernels() -> Iterator[tuple[Activation, str, bool]]:
     """(activation, direction, masked) of every kernel; relu6 has two forward kernels."""
     for activation in ACTIVATIONS:

@@ -5,6 +5,7 @@ Triton kernels are compiled ahead of time; the CUDA kernels are those of the bui
 
 import functools
 import importlib.util
+import re
 
 import pytest
 import torch
@@ -21,26 +22,17 @@ BUDGET_16_BIT = {"mish": (18, 24), "swish": (14, 18), "relu6": (13, 10)}
 # fp32 moves twice the bytes and may spend as much again.
 BUDGET_FP32 = {"mish": (28, 36), "swish": (28, 36), "relu6": (16, 11)}
 
-# Whose 16-bit kernels clamp; a test that found no clamp would prove nothing.
-CLAMPED = {
-    ("mish", "forward"),
-    ("mish", "backward"),
-    ("swish", "backward"),
-    ("relu6", "forward"),
-}
+# Whose kernels do not clamp; elsewhere a test that found no clamp would prove nothing.
+UNCLAMPED = {("swish", "forward", torch.float16), ("swish", "forward", torch.bfloat16)}
 
 CAPABILITIES = {"triton": (80, 90, 100, 120), "cuda": (80, 86, 89, 90, 100, 120)}
-BACKENDS = [
-    pytest.param(
-        "triton",
-        marks=pytest.mark.skipif(
-            importlib.util.find_spec("triton") is None or INTERPRET, reason="needs triton"
-        ),
+BACKENDS_BY_NAME = {
+    "triton": pytest.mark.skipif(
+        importlib.util.find_spec("triton") is None or INTERPRET, reason="needs triton"
     ),
-    pytest.param(
-        "cuda", marks=pytest.mark.skipif(extension() is None, reason="needs the CUDA extension")
-    ),
-]
+    "cuda": pytest.mark.skipif(extension() is None, reason="needs the CUDA extension"),
+}
+BACKENDS = [pytest.param(name, marks=mark) for name, mark in BACKENDS_BY_NAME.items()]
 KERNELS = [
     pytest.param(
         activation,
@@ -104,16 +96,16 @@ def test_all_loads_come_before_the_math(backend, activation, direction, masked, 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @all_kernels
-@pytest.mark.parametrize("dtype", [torch.bfloat16], ids=["bfloat16"])
+@all_dtypes
 def test_clamps_let_nan_through(backend, activation, direction, masked, dtype):
     """The plain forms drop NaN, and neither the interpreter nor the host shows it."""
     if masked and direction == "backward":
         pytest.skip("the mask alone decides; nothing is clamped")
     for capability in CAPABILITIES[backend]:
         kernel = compiled(backend, activation, direction, dtype, capability, masked)
-        clamps = {one.opcode for one in kernel.hot_path() if "MNMX" in one.opcode}
+        clamps = {one.opcode for one in kernel.hot_path() if re.match("[FH]MNMX", one.opcode)}
         assert all(".NAN" in opcode for opcode in clamps)
-        assert clamps or (activation.name, direction) not in CLAMPED
+        assert clamps or (activation.name, direction, dtype) in UNCLAMPED
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -128,14 +120,28 @@ def test_one_exponential_one_reciprocal(backend, activation, direction, dtype):
     assert {opcode for opcode in opcodes if "MUFU" in opcode} == {"MUFU.EX2", "MUFU.RCP"}
 
 
-@pytest.mark.parametrize("backend", BACKENDS[:1])
+WIDENING = re.compile(r"(mul|mad)\.wide\.[su]32|cvt\.[su]64\.[su]32")
+
+
+@BACKENDS_BY_NAME["triton"]
 @all_kernels
-def test_triton_addresses_have_64_bits(backend, activation, direction, masked):
-    """The start of a tile is a 64-bit product; a 32-bit one wraps after 2^31 elements."""
-    ptx = machine_code.compile_triton(activation, direction, torch.bfloat16, 90, masked=masked).asm[
-        "ptx"
-    ]
-    assert "mul.wide" in ptx or "mul.lo.s64" in ptx or "shl.b64" in ptx
+@all_dtypes
+def test_triton_addresses_have_64_bits(activation, direction, masked, dtype):
+    """The block index grows to 64 bits in the first step: a 32-bit product wraps after 2^31."""
+    compiled = machine_code.compile_triton(activation, direction, dtype, 90, masked=masked)
+    (uses,) = machine_code.block_index_uses(compiled.asm["ptx"]).values()
+    assert uses
+    assert all(map(WIDENING.fullmatch, uses)), uses
+
+
+@BACKENDS_BY_NAME["cuda"]
+def test_cuda_addresses_have_64_bits():
+    found = machine_code.block_index_uses(machine_code.cuda_ptx(extension()))
+    # Four widths for each 16-bit dtype, three for fp32.
+    assert len(found) >= len(KERNELS) * (4 + 4 + 3)
+    for kernel, uses in found.items():
+        assert uses, kernel
+        assert all(map(WIDENING.fullmatch, uses)), (kernel, uses)
 
 
 def test_parser_sees_predicates_widths_and_branches():
