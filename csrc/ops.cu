@@ -150,8 +150,9 @@ void check_launch() {
 // The ops of one activation. Parameters are its floats, which follow the tensors.
 template <template <typename> class Activation, typename... Parameters>
 struct Ops {
-  // y = f(x) for a dense y; with a mask if there is one.
-  static void run_forward(const Tensor& input, Tensor& y, Tensor* mask, Parameters... parameters) {
+  // y = f(x) for a dense y, with a mask or with none.
+  template <bool kMasked>
+  static void run_forward(const Tensor& input, Tensor& y, uint8_t* mask, Parameters... parameters) {
     const Tensor x = with_layout_of(y, input);
     if (x.numel() == 0) {
       return;
@@ -162,23 +163,19 @@ struct Ops {
       const Activation<T> activation{static_cast<float>(parameters)...};
       const T* x_ptr = static_cast<const T*>(x.const_data_ptr());
       T* y_ptr = static_cast<T*>(y.mutable_data_ptr());
-      if (mask == nullptr) {
-        launch_forward<false>(activation, x_ptr, y_ptr, nullptr, x.numel(), stream);
-      } else {
-        auto* mask_ptr = static_cast<uint8_t*>(mask->mutable_data_ptr());
-        launch_forward<true>(activation, x_ptr, y_ptr, mask_ptr, x.numel(), stream);
-      }
+      launch_forward<kMasked>(activation, x_ptr, y_ptr, mask, x.numel(), stream);
     });
     check_launch();
   }
 
-  static void run_out(const Tensor& x, Tensor& out, Tensor* mask, Parameters... parameters) {
+  template <bool kMasked>
+  static void run_out(const Tensor& x, Tensor& out, uint8_t* mask, Parameters... parameters) {
     // empty_like keeps the strides of a dense tensor and of no other.
     Tensor y = out.is_contiguous() ? out : torch::stable::empty_like(out);
     const bool dense = equal(y.strides(), out.strides());
     // A block must not read what another has written.
     const Tensor source = overlap_partially(x, out) ? torch::stable::clone(x) : x;
-    run_forward(source, dense ? out : y, mask, parameters...);
+    run_forward<kMasked>(source, dense ? out : y, mask, parameters...);
     if (!dense) {
       torch::stable::copy_(out, y);
     }
@@ -188,14 +185,14 @@ struct Ops {
     check_match(x, x);
     const DeviceGuard guard(x.get_device_index());
     Tensor y = torch::stable::empty_like(x);
-    run_forward(x, y, nullptr, parameters...);
+    run_forward<false>(x, y, nullptr, parameters...);
     return y;
   }
 
   static void forward_out(const Tensor& x, Parameters... parameters, Tensor out) {
     check_match(x, out);
     const DeviceGuard guard(x.get_device_index());
-    run_out(x, out, nullptr, parameters...);
+    run_out<false>(x, out, nullptr, parameters...);
   }
 
   static std::tuple<Tensor, Tensor> forward_with_mask(const Tensor& x, Parameters... parameters) {
@@ -203,7 +200,7 @@ struct Ops {
     const DeviceGuard guard(x.get_device_index());
     Tensor y = torch::stable::empty_like(x);
     Tensor mask = empty_mask(x);
-    run_forward(x, y, &mask, parameters...);
+    run_forward<true>(x, y, static_cast<uint8_t*>(mask.mutable_data_ptr()), parameters...);
     return {y, mask};
   }
 
@@ -211,7 +208,7 @@ struct Ops {
     check_match(x, out);
     const DeviceGuard guard(x.get_device_index());
     Tensor mask = empty_mask(x);
-    run_out(x, out, &mask, parameters...);
+    run_out<true>(x, out, static_cast<uint8_t*>(mask.mutable_data_ptr()), parameters...);
     return mask;
   }
 

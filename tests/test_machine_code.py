@@ -138,7 +138,7 @@ def test_triton_addresses_have_64_bits(activation, direction, masked, dtype):
 def test_cuda_addresses_have_64_bits():
     found = machine_code.block_index_uses(machine_code.cuda_ptx(extension()))
     # Four widths for each 16-bit dtype, three for fp32.
-    assert len(found) >= len(KERNELS) * (4 + 4 + 3)
+    assert len(found) == len(KERNELS) * (4 + 4 + 3)
     for kernel, uses in found.items():
         assert uses, kernel
         assert all(map(WIDENING.fullmatch, uses)), (kernel, uses)
