@@ -1,6 +1,7 @@
 # make demo    train networks on real images with fused activations; tables and pictures
 # make test    all that needs no GPU: tests, interpreter, both compilers, lint
 # make gpu     where a GPU and torch are: tests and comparisons, raw results into RESULTS=folder
+# make sanitize  likewise: every kernel under compute-sanitizer
 # make lint    ruff and clang-format
 # make bench   the comparison scripts, on whatever is here
 
@@ -17,7 +18,7 @@ CSRC := $(wildcard csrc/*)
 # What runs the Triton kernels in the interpreter, in a process of its own.
 INTERPRETED := $(addprefix tests/test_,$(addsuffix .py,accuracy_kernels kernels layouts properties))
 
-.PHONY: demo test gpu lint bench clean
+.PHONY: demo test gpu sanitize lint bench clean
 
 demo: $(VENV)/demo
 	$(RUN) -m benchmarks.demo
@@ -49,6 +50,14 @@ gpu:
 	$(PYTHON) -m benchmarks.compare_memory --results $(RESULTS)
 	$(PYTHON) -m benchmarks.compare_accuracy --results $(RESULTS)
 	@echo "make gpu: passed; raw results are in $(RESULTS)"
+
+# Like gpu, it installs nothing. Without the caching allocator, each tensor has bounds to watch.
+sanitize:
+	@$(PYTHON) -c "import sys, torch; torch.cuda.is_available() or sys.exit('torch sees no CUDA GPU')"
+	$(PYTHON) setup.py -q build_ext --inplace
+	for tool in memcheck racecheck initcheck; do PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
+		compute-sanitizer --tool $$tool --error-exitcode 1 $(PYTHON) -m tests.sanitize || exit 1; done
+	@echo "make sanitize: memcheck, racecheck and initcheck found nothing"
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info fused_act/_C*.so
