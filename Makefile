@@ -16,7 +16,7 @@ TORCH ?= torch==2.13.0
 TRITON ?= triton==3.7.1
 CSRC := $(wildcard csrc/*)
 # What runs the Triton kernels in the interpreter, in a process of its own.
-INTERPRETED := $(addprefix tests/test_,$(addsuffix .py,accuracy_kernels kernels layouts properties))
+INTERPRETED := $(addprefix tests/test_,$(addsuffix .py,accuracy_kernels faults kernels layouts properties))
 
 .PHONY: demo test gpu sanitize lint bench clean
 

@@ -69,8 +69,8 @@ def kernels_for(activation: Activation, x: Tensor) -> Kernels:
     if forced is None:
         if type(x) not in (Tensor, torch.nn.Parameter) or not x.is_cuda or x.dtype not in DTYPES:
             return activation.eager
-        # neg and conj views lose their sign in data_ptr(); a sparse CUDA tensor is a plain Tensor.
-        if x.layout is not torch.strided or x.is_neg() or is_transformed():
+        # These too are plain tensors: sparse and nested ones, and views that negate their memory.
+        if x.layout is not torch.strided or x.is_nested or x.is_neg() or is_transformed():
             return activation.eager
         return backends.automatic().kernels[activation.name]
     if is_transformed() or isinstance(x, torch.fx.Proxy):

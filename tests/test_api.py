@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import fused_act
+from fused_act import activation
 from fused_act.activations import MISH, RELU6, SWISH
 from fused_act.backends import get
 from tests.cases import all_cases
@@ -153,6 +154,44 @@ def test_a_backend_loads_once_for_all_threads():
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
         assert all(found is backend for found in pool.map(lambda _: backend.ready(), range(8)))
     assert loads == [1]
+
+
+class CudaTensor(types.SimpleNamespace):
+    """What the rule "kernel or torch?" asks of a CUDA tensor."""
+
+    def __init__(self, **unusual):
+        usual = {"is_cuda": True, "dtype": torch.bfloat16, "layout": torch.strided}
+        super().__init__(**usual | {"is_nested": False, "is_neg": lambda: False} | unusual)
+
+
+@pytest.mark.parametrize(
+    ("unusual", "takes_kernel"),
+    [
+        ({}, True),
+        ({"dtype": torch.float32}, True),
+        ({"dtype": torch.float64}, False),
+        ({"is_cuda": False}, False),
+        ({"layout": torch.sparse_coo}, False),
+        ({"is_nested": True}, False),
+        ({"is_neg": lambda: True}, False),
+    ],
+    ids=["bfloat16", "float32", "float64", "cpu", "sparse", "nested", "negative"],
+)
+def test_kernel_or_torch(monkeypatch, unusual, takes_kernel):
+    """The one rule, of which a machine without a GPU sees no more than "not CUDA: torch"."""
+    best = types.SimpleNamespace(kernels={"mish": "the kernel"})
+    monkeypatch.setattr(activation, "Tensor", CudaTensor)
+    monkeypatch.setattr(fused_act.backends, "automatic", lambda: best)
+    expected = "the kernel" if takes_kernel else MISH.eager
+    x = CudaTensor(**unusual)
+    assert activation.kernels_for(MISH, x) is expected
+    transformed = []
+    torch.func.vmap(lambda t: transformed.append(activation.kernels_for(MISH, x)) or t)(
+        torch.ones(1)
+    )
+    with torch.autograd.forward_ad.dual_level():
+        transformed.append(activation.kernels_for(MISH, x))
+    assert transformed == [MISH.eager, MISH.eager]
 
 
 def test_triton_without_package_metadata(monkeypatch):

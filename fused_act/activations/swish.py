@@ -69,7 +69,9 @@ def checked(beta: float) -> float:
     if not isinstance(beta, numbers.Real) or isinstance(beta, bool):
         raise TypeError(f"swish: expected beta to be a float, got {type(beta).__name__}")
     if not -LARGEST_BETA <= beta <= LARGEST_BETA:
-        raise ValueError(f"swish: expected |beta| to be at most {LARGEST_BETA}, got {beta}")
+        raise ValueError(
+            f"swish: expected beta between {-LARGEST_BETA} and {LARGEST_BETA}, got {beta}"
+        )
     return float(beta)
 
 

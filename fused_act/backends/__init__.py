@@ -76,10 +76,9 @@ class Backend:
             raise ValueError(
                 f"{op}: the {self.name!r} backend takes {expected} tensors; x is on {x.device}"
             )
-        if x.layout is not torch.strided:
-            raise TypeError(
-                f"{op}: the {self.name!r} backend takes strided tensors; x is {x.layout}"
-            )
+        if x.layout is not torch.strided or x.is_nested:
+            layout = "nested" if x.is_nested else x.layout
+            raise TypeError(f"{op}: the {self.name!r} backend takes strided tensors; x is {layout}")
 
 
 def is_exporting() -> bool:
