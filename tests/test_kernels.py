@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import fused_act
 from fused_act import ops
@@ -254,6 +255,61 @@ def test_backward_twice(case, backend):
     y = case.function(x).sum()
     first = torch.autograd.grad(y, x, retain_graph=True)[0]
     assert torch.equal(first, torch.autograd.grad(y, x)[0])
+
+
+@all_cases
+@all_backends
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize(
+    "around",
+    [
+        lambda f, x: checkpoint(f, x, use_reentrant=False),
+        lambda f, x: checkpoint(f, x, use_reentrant=True),
+        lambda f, x: with_context(torch.autograd.graph.save_on_cpu(), f, x),
+        lambda f, x: with_context(torch.autograd.detect_anomaly(check_nan=True), f, x),
+    ],
+    ids=["checkpoint", "reentrant checkpoint", "save_on_cpu", "anomaly mode"],
+)
+@pytest.mark.filterwarnings("ignore:Anomaly Detection")
+def test_what_autograd_wraps_changes_nothing(case, backend, inplace, around):
+    leaf = torch.linspace(-7, 9, 37, device=DEVICE, requires_grad=True)
+
+    def function(x):
+        return case.function(x * 2, inplace=inplace)
+
+    expected = function(leaf)
+    y = around(function, leaf)
+    assert torch.equal(y, expected)
+    weight = torch.randn_like(y)
+    y.backward(weight)
+    assert torch.equal(leaf.grad, torch.autograd.grad(expected, leaf, weight)[0])
+
+
+def with_context(context, function, x):
+    with context:
+        return function(x)
+
+
+@all_cases
+@all_backends
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_without_grad_nothing_is_recorded(case, backend, mode):
+    x = torch.linspace(-7, 9, 37, device=DEVICE, requires_grad=True)
+    expected = case.function(x.detach())
+    with mode():
+        y = case.function(x)
+        assert y.grad_fn is None
+        assert not y.requires_grad
+        assert torch.equal(y, expected)
+        written = x.clone()
+        assert torch.equal(case.function(written, inplace=True), expected)
+        if mode is torch.no_grad:
+            with torch.enable_grad():
+                assert case.function(x).requires_grad
+            # A leaf may be written here, as torch's own ops may.
+            leaf = x.detach().clone().requires_grad_()
+            assert case.function(leaf, inplace=True) is leaf
+            assert torch.equal(leaf, expected)
 
 
 @all_cases
