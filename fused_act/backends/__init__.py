@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib
+import re
 import threading
 import warnings
 from collections.abc import Callable
@@ -84,6 +85,15 @@ class Backend:
 def is_exporting() -> bool:
     """`torch.compiler.is_exporting()`, which Dynamo before torch 2.12 always takes to be true."""
     return torch.compiler._is_exporting_flag
+
+
+def older(version: str, minimum: tuple[int, int]) -> bool:
+    """Whether `version` comes before `minimum`; one that does not start with two numbers does not.
+
+    What follows the numbers tells how it was built: "3.6.0+git1234", "2.11.0a0".
+    """
+    release = re.match(r"(\d+)\.(\d+)", version)
+    return release is not None and tuple(map(int, release.groups())) < minimum
 
 
 def gpu_unavailable() -> str | None:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 import torch
 
 from fused_act import ops
-from fused_act.backends import Backend, Kernels, gpu_unavailable
+from fused_act.backends import Backend, Kernels, gpu_unavailable, older
 
 # The extension is built for LibTorch's stable ABI of 2.10 and so loads in any later torch.
 MINIMUM_TORCH = (2, 10)
@@ -25,8 +24,7 @@ def broken() -> str | None:
     if extension() is None:
         return None
     # Before it is loaded: an older torch lacks symbols, and then the loader may abort the process.
-    version = tuple(map(int, re.match(r"(\d+)\.(\d+)", torch.__version__).groups()))
-    if version < MINIMUM_TORCH:
+    if older(torch.__version__, MINIMUM_TORCH):
         expected = ".".join(map(str, MINIMUM_TORCH))
         return f"the extension needs torch {expected} or newer, this is torch {torch.__version__}"
     try:

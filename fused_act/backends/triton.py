@@ -5,13 +5,13 @@ With TRITON_INTERPRET=1 in the environment the same code runs on CPU tensors, wi
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
-import importlib.util
 import os
 
 from fused_act import ops
 from fused_act.activations import ACTIVATIONS
-from fused_act.backends import Backend, Kernels, gpu_unavailable
+from fused_act.backends import Backend, Kernels, gpu_unavailable, older
 
 MINIMUM = (3, 6)
 INTERPRET = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
@@ -21,11 +21,12 @@ DEVICE_TYPES = ("cuda", "cpu") if INTERPRET else ("cuda",)
 
 def unavailable() -> str | None:
     """Why Triton kernels cannot run here and what to do, or None if they can."""
-    if version() is None:
+    found = version()
+    if found is None:
         return "triton is not installed; install it with `pip install triton`"
-    if tuple(map(int, version().split(".")[:2])) < MINIMUM:
+    if older(found, MINIMUM):
         expected = ".".join(map(str, MINIMUM))
-        return f"triton {version()} is too old; install {expected} or newer"
+        return f"triton {found} is too old; install {expected} or newer"
     reason = None if INTERPRET else gpu_unavailable()
     return reason and (
         f"{reason}; set TRITON_INTERPRET=1 before Python starts to run the kernels, slowly, on "
@@ -38,11 +39,11 @@ def version() -> str | None:
     try:
         return importlib.metadata.version("triton")
     except importlib.metadata.PackageNotFoundError:  # under another name, or from source
-        if importlib.util.find_spec("triton") is None:
-            return None
-        import triton
+        with contextlib.suppress(ImportError):
+            import triton
 
-        return triton.__version__
+            return getattr(triton, "__version__", None)  # any folder of that name can be imported
+        return None
 
 
 def load() -> dict[str, Kernels]:
