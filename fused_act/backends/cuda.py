@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from pathlib import Path
 
 import torch
@@ -30,7 +31,8 @@ def broken() -> str | None:
     try:
         load()
     except OSError as error:
-        return f"the extension does not load ({error}); {REBUILD}"
+        # torch names the file alone; what is wrong with it, the loader said.
+        return f"the extension does not load ({error.__cause__ or error}); {REBUILD}"
     return None
 
 
@@ -41,9 +43,26 @@ def unavailable() -> str | None:
     return broken() or gpu_unavailable()
 
 
+def is_truncated(path: Path) -> bool:
+    """Whether an ELF file ends before its section headers do, which come last.
+
+    The loader maps what is not there, and touching it kills the process (SIGBUS).
+    """
+    with path.open("rb") as file:
+        header = file.read(64)
+    if len(header) < 64 or not header.startswith(b"\x7fELF"):
+        return False  # the loader says so itself
+    (offset,) = struct.unpack_from("<Q", header, 40)
+    size, count = struct.unpack_from("<HH", header, 58)
+    return path.stat().st_size < offset + size * count
+
+
 def load() -> dict[str, Kernels]:
     """Load the extension, which gives the raw ops their kernels. Raises OSError if it is broken."""
-    torch.ops.load_library(str(extension()))
+    path = extension()
+    if is_truncated(path):
+        raise OSError(f"{path} is truncated")
+    torch.ops.load_library(str(path))
     return ops.kernels("fused_act_cuda")
 
 
