@@ -97,9 +97,11 @@ def older(version: str, minimum: tuple[int, int]) -> bool:
 
 
 def gpu_unavailable() -> str | None:
-    """Why no GPU here can run the kernels, or None if one can."""
+    """Why no GPU here can run the kernels, with a cure if there is one, or None if one can."""
     if not torch.cuda.is_available():
-        return "torch sees no CUDA GPU"
+        built_with_cuda = torch.version.cuda is not None
+        cure = "see whether `nvidia-smi` does" if built_with_cuda else "install torch with CUDA"
+        return f"torch sees no CUDA GPU; {cure}"
     if torch.version.hip is not None:
         return "the kernels are for NVIDIA GPUs, and this is a ROCm build of torch"
     # bfloat16 and the clamps that let NaN through came with sm_80.

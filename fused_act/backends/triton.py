@@ -8,6 +8,8 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import os
+import tempfile
+import textwrap
 
 from fused_act import ops
 from fused_act.activations import ACTIVATIONS
@@ -27,11 +29,39 @@ def unavailable() -> str | None:
     if older(found, MINIMUM):
         expected = ".".join(map(str, MINIMUM))
         return f"triton {found} is too old; install {expected} or newer"
-    reason = None if INTERPRET else gpu_unavailable()
-    return reason and (
-        f"{reason}; set TRITON_INTERPRET=1 before Python starts to run the kernels, slowly, on "
-        "CPU tensors"
-    )
+    if INTERPRET:
+        return None
+    reason = gpu_unavailable()
+    if reason is not None:
+        return (
+            f"{reason}; with TRITON_INTERPRET=1 set before Python starts, the kernels run on CPU "
+            "tensors, slowly"
+        )
+    try:
+        start()
+    except Exception as error:  # whatever Triton, its plugins or the system raise
+        text = textwrap.shorten(str(error), 300)
+        return (
+            f"triton does not start ({type(error).__name__}: {text}); it needs a C compiler (gcc, "
+            "clang or the one that CC names) with Python's headers, libcuda.so.1, and a cache "
+            "folder that it may write to (TRITON_CACHE_DIR)"
+        )
+    return None
+
+
+def start() -> None:
+    """Start Triton, as the first launch would, while another backend can still be taken.
+
+    It compiles its access to the driver, once for each cache, and asks for the GPU. Nothing of it
+    touches a stream, so a CUDA graph may be being captured.
+    """
+    import triton
+
+    # That access may be in the cache already, and our kernels not.
+    os.makedirs(triton.knobs.cache.dir, exist_ok=True)
+    with tempfile.TemporaryFile(dir=triton.knobs.cache.dir):
+        pass
+    triton.runtime.driver.active.get_current_target()
 
 
 def version() -> str | None:
