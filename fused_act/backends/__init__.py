@@ -139,12 +139,20 @@ def available_backends() -> tuple[str, ...]:
 def automatic() -> Backend:
     """The backend that `auto` takes for a plain CUDA tensor; settled at the first such tensor.
 
-    Warns, once, of an extension that is installed but does not load.
+    Warns, once, where that is not the best that the user could expect: torch's own ops, or Triton
+    beside an extension that is broken. Triton in a pure-Python install is as it should be.
     """
-    broken = importlib.import_module("fused_act.backends.cuda").broken()
-    if broken is not None:
-        warnings.warn(f"fused_act: {broken}", stacklevel=2)
-    return next(get(name).ready() for name in NAMES if get(name).unavailable() is None)
+    reasons = []
+    for name in NAMES:
+        reason = get(name).unavailable()
+        if reason is None:
+            break
+        reasons.append(f"{name!r} is not available: {reason}")
+    installed = importlib.import_module("fused_act.backends.cuda").extension() is not None
+    if name == "torch" or (reasons and installed):
+        text = f"fused_act: {name!r} takes CUDA tensors; {'. '.join(reasons)}"
+        warnings.warn(text, stacklevel=2)
+    return get(name).ready()
 
 
 class use_backend:

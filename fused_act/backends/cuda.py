@@ -20,10 +20,10 @@ def extension() -> Path | None:
     return next(Path(__file__).parent.parent.glob("_C.*so"), None)
 
 
-def broken() -> str | None:
-    """Why the extension that is installed cannot be loaded, or None if it can or there is none."""
+def unavailable() -> str | None:
+    """Why the CUDA kernels cannot run here and what to do, or None if they can."""
     if extension() is None:
-        return None
+        return f"this install has no CUDA extension; where nvcc is, {REBUILD}"
     # Before it is loaded: an older torch lacks symbols, and then the loader may abort the process.
     if older(torch.__version__, MINIMUM_TORCH):
         expected = ".".join(map(str, MINIMUM_TORCH))
@@ -33,14 +33,7 @@ def broken() -> str | None:
     except OSError as error:
         # torch names the file alone; what is wrong with it, the loader said.
         return f"the extension does not load ({error.__cause__ or error}); {REBUILD}"
-    return None
-
-
-def unavailable() -> str | None:
-    """Why the CUDA kernels cannot run here and what to do, or None if they can."""
-    if extension() is None:
-        return f"this install has no CUDA extension; where nvcc is, {REBUILD}"
-    return broken() or gpu_unavailable()
+    return gpu_unavailable()
 
 
 def is_truncated(path: Path) -> bool:
