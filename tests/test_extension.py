@@ -47,6 +47,19 @@ def test_takes_only_stable_symbols():
 
 
 @built
+@pytest.mark.skipif(shutil.which("nm") is None, reason="needs nm")
+def test_needs_no_newer_torch_than_is_asked_for():
+    """The audit knows in which torch each symbol of the stable ABI came."""
+    audit = pytest.importorskip("torch_abi_audit.inspect", reason="needs torch-abi-audit")
+    found = audit.inspect_extension(cuda.extension()).torch
+    assert found.stable, found.unstable_symbols
+    assert found.unknown_shim_symbols == ()
+    assert tuple(map(int, found.min_torch_version.split(".")))[:2] <= cuda.MINIMUM_TORCH, (
+        found.version_defining_symbols
+    )
+
+
+@built
 def test_loads_on_any_torch_and_implements_every_op():
     cuda.load()
     for activation in ACTIVATIONS:
