@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tests import accuracy
-from tests.cases import LARGE, SIZES, Guarded, all_cases, all_dtypes, unpack_mask
+from tests.cases import CASES, LARGE, SIZES, Guarded, all_cases, all_dtypes, unpack_mask
 
 
 @all_cases
@@ -29,6 +29,20 @@ def test_bulk_tail_and_mask(case, dtype, offset, host_of):
         host.backward(grad_output, mask.inside if masked else x, grad_input.inside)
         accuracy.assert_near(case, "derivative", grad_input.inside, x, grad_output)
         grad_input.assert_untouched_outside()
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.activation.saves_mask], ids=str)
+@all_dtypes
+def test_a_gradient_that_does_not_pass_is_zero(case, dtype, host_of):
+    """Infinite or NaN, in full tiles and in tails; a product would make NaN of it."""
+    host = host_of(case)
+    size = host.tile(dtype) + 9
+    grad_output = torch.tensor([float("inf"), float("nan"), 2.0]).repeat(size)[:size].to(dtype)
+    none, all_ = (torch.full((-(-size // 8),), bits, dtype=torch.uint8) for bits in (0, 255))
+    grad_input = host.backward(grad_output, none, torch.full_like(grad_output, 77))
+    assert torch.equal(grad_input, torch.zeros_like(grad_output))
+    grad_input = host.backward(grad_output, all_, torch.full_like(grad_output, 77))
+    torch.testing.assert_close(grad_input, grad_output, rtol=0, atol=0, equal_nan=True)
 
 
 @all_cases

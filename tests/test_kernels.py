@@ -4,6 +4,8 @@ On a GPU both backends run (`pytest -m gpu`). Without one the Triton kernels run
 `TRITON_INTERPRET=1 pytest tests/test_kernels.py -m "not gpu"`.
 """
 
+import contextlib
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -76,10 +78,12 @@ def test_saves_once(case, backend):
 @all_cases
 @all_backends
 @all_dtypes
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "transposed", "empty"])
+@pytest.mark.parametrize(
+    "layout", ["contiguous", "channels_last", "transposed", "gapped", "gapped_permuted", "empty"]
+)
 def test_inplace(case, backend, dtype, layout):
     leaf = make(layout, dtype).requires_grad_()
-    x = leaf * 1
+    x = torch.empty_strided(leaf.shape, leaf.stride(), dtype=dtype, device=DEVICE).copy_(leaf)
     version = x._version
     y = case.function(x, inplace=True)
     assert y is x
@@ -186,11 +190,15 @@ def test_mutated_input_is_caught(case, backend):
 @all_cases
 @all_backends
 @pytest.mark.parametrize("inplace", [False, True])
-def test_second_derivative(case, backend, inplace):
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "transposed", "gapped"])
+def test_second_derivative(case, backend, inplace, layout):
+    values, weight = make(layout, torch.float32), make(layout, torch.float32)
+
     def run(function):
-        leaf = torch.linspace(-7, 9, 37, device=DEVICE, requires_grad=True)
-        y = function(leaf * 1, inplace=inplace) if inplace else function(leaf)
-        (first,) = torch.autograd.grad(y, leaf, torch.full_like(y, 2), create_graph=True)
+        leaf = values.detach().requires_grad_()
+        x = torch.empty_strided(leaf.shape, leaf.stride(), device=DEVICE).copy_(leaf)
+        y = function(x, inplace=inplace)
+        (first,) = torch.autograd.grad(y, leaf, weight, create_graph=True)
         (second,) = torch.autograd.grad(first.pow(2).sum(), leaf)
         return first, second
 
@@ -198,7 +206,7 @@ def test_second_derivative(case, backend, inplace):
         return case.torch_function(x)
 
     for ours, theirs in zip(run(case.function), run(reference)):
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
 @all_cases
@@ -314,6 +322,31 @@ def test_without_grad_nothing_is_recorded(case, backend, mode):
 
 @all_cases
 @all_backends
+def test_forward_mode_goes_to_torch(case, backend):
+    def run(function):
+        x = torch.linspace(-7, 9, 37, device=DEVICE)
+        with torch.autograd.forward_ad.dual_level():
+            dual = torch.autograd.forward_ad.make_dual(x, torch.ones_like(x))
+            return torch.autograd.forward_ad.unpack_dual(function(dual))
+
+    for ours, theirs in zip(run(case.function), run(case.torch_function)):
+        assert torch.equal(ours, theirs)
+
+
+@all_cases
+@all_backends
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_jit_traces_torchs_op(case, backend):
+    x = torch.linspace(-7, 9, 37, device=DEVICE)
+    traced = torch.jit.trace(lambda x: case.function(x), x)  # it takes no partial
+    kinds = [node.kind() for node in traced.graph.nodes()]
+    assert [kind for kind in kinds if kind.startswith("aten::")]
+    assert not [kind for kind in kinds if kind.startswith("fused_act")]
+    torch.testing.assert_close(traced(x), case.torch_function(x))
+
+
+@all_cases
+@all_backends
 def test_transforms_go_to_torch(case, backend):
     x = torch.randn(5, 3, device=DEVICE)
     for transform in (
@@ -392,35 +425,48 @@ def test_fx_traces_torchs_op(backend):
 
 @all_cases
 @all_backends
-def test_raw_backward_checks_its_arguments(case, backend):
+@pytest.mark.parametrize("mode", [contextlib.nullcontext, torch.inference_mode])
+def test_raw_backward_checks_its_arguments(case, backend, mode):
+    """Under Autograd, and in inference mode below it, where each backend checks by itself."""
     x = torch.randn(4, 6, device=DEVICE)
     table = kernels(backend, case)
     if case.activation.saves_mask:
         y, mask = table.forward_with_mask(x, *case.parameters)
         assert mask.shape == (3,)
         stride = list(y.stride())
-        for grad_output, bad_mask, bad_stride, error in (
-            (y.double(), mask, stride, TypeError),
-            (y, mask.float(), stride, TypeError),
-            (y, mask[:2], stride, ValueError),
-            (y, torch.zeros(6, dtype=torch.uint8, device=DEVICE)[::2], stride, ValueError),
-            (y, mask, [6], ValueError),
-            (y, mask, [7, 1], ValueError),
-            (y, mask, [3, 2], ValueError),  # overlapping, in as much memory as there is
-            (y, mask, [-6, 1], ValueError),
-            (y, mask.to("meta"), stride, ValueError),
-        ):
-            with pytest.raises(error, match=f"{case.name}_backward: expected"):
-                table.backward(grad_output, bad_mask, *case.parameters, bad_stride)
-        return
-    for grad_output, error in (
-        (torch.randn(4, 5, device=DEVICE), ValueError),
-        (torch.randn(1, 6, device=DEVICE), ValueError),
-        (torch.randn(4, 6, device=DEVICE, dtype=torch.float16), TypeError),
-        (torch.randn(4, 6, device="meta"), ValueError),
-    ):
-        with pytest.raises(error, match=f"{case.name}_backward: expected"):
-            table.backward(grad_output, x, *case.parameters)
+        wrong = [
+            (y.double(), mask, stride),
+            (y, mask.float(), stride),
+            (y, mask[:2], stride),
+            (y, torch.zeros(6, dtype=torch.uint8, device=DEVICE)[::2], stride),
+            (y, mask, [6]),
+            (y, mask, [7, 1]),
+            (y, mask, [3, 2]),  # overlapping, in as much memory as there is
+            (y, mask, [-6, 1]),
+        ]
+    else:
+        wrong = [
+            (torch.randn(4, 5, device=DEVICE), x),
+            (torch.randn(1, 6, device=DEVICE), x),
+            (torch.randn(6, 4, device=DEVICE), x),
+            (torch.randn(8, 6, device=DEVICE), x),
+            (torch.randn(4, 6, device=DEVICE, dtype=torch.float16), x),
+        ]
+    errors = (TypeError, ValueError) if mode is contextlib.nullcontext else Exception
+    for grad_output, saved, *layout in wrong:
+        with mode(), pytest.raises(errors, match=r"(_backward|fused_act): expected"):
+            table.backward(grad_output, saved, *case.parameters, *layout)
+
+
+@all_cases
+@all_backends
+def test_raw_backward_refuses_mixed_devices(case, backend):
+    x = torch.randn(4, 6, device=DEVICE)
+    saved, layout = x.to("meta"), ()
+    if case.activation.saves_mask:
+        saved, layout = torch.empty(3, dtype=torch.uint8, device="meta"), ([6, 1],)
+    with pytest.raises(ValueError, match=f"{case.name}_backward: expected .* on "):
+        kernels(backend, case).backward(x, saved, *case.parameters, *layout)
 
 
 @all_cases
@@ -457,6 +503,8 @@ def test_opcheck(case, backend, dtype, layout):
     x = make(layout, dtype)
     table, parameters = kernels(backend, case), case.parameters
     y = torch.empty_like(x)
+    grad_output = torch.randn(y.shape[::-1], dtype=dtype, device=DEVICE)
+    grad_output = grad_output.permute(tuple(range(y.dim()))[::-1])
     calls = [
         (table.forward, (x, *parameters), {}),
         (table.forward_out, (x, *parameters), {"out": y}),
@@ -466,10 +514,10 @@ def test_opcheck(case, backend, dtype, layout):
         calls += [
             (table.forward_with_mask, (x, *parameters), {}),
             (table.forward_with_mask_out, (x, *parameters), {"out": y}),
-            (table.backward, (torch.randn_like(x), mask, *parameters, list(y.stride())), {}),
+            (table.backward, (grad_output, mask, *parameters, list(y.stride())), {}),
         ]
     else:
-        calls += [(table.backward, (torch.randn_like(x), x, *parameters), {})]
+        calls += [(table.backward, (grad_output, x, *parameters), {})]
     for op, args, kwargs in calls:
         torch.library.opcheck(op, args, kwargs)
 

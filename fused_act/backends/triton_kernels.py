@@ -228,13 +228,13 @@ def implementations(activation) -> dict:
         return grad_input
 
     def backward(grad_output, x, *parameters):
-        ops.check(name, grad_output, x)
+        ops.check(f"{name}_backward", grad_output, x)
         grad_input = torch.empty_like(x)
         return run_backward(grad_output, with_layout_of(grad_input, x), grad_input, parameters)
 
     def masked_backward(grad_output, mask, *parameters_and_stride):
         *parameters, stride = parameters_and_stride
-        ops.check(name, grad_output, mask=mask, stride=stride)
+        ops.check(f"{name}_backward", grad_output, mask=mask, stride=stride)
         grad_input = torch.empty_strided(
             grad_output.shape, stride, dtype=grad_output.dtype, device=grad_output.device
         )
