@@ -18,9 +18,9 @@ from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
 import fused_act
+from tests import test_broken_installs
 
 README = Path(__file__).parent.parent / "README.md"
-BEGIN, END = "<!-- faults: written by python -m tests.faults -->\n", "<!-- end of faults -->"
 
 
 class Subclass(torch.Tensor):
@@ -212,11 +212,44 @@ def table() -> str:
     return tabulate(rows, ("input or call", "`auto`", "forced kernel backend"), "github")
 
 
+def installs() -> str:
+    """The README's table of broken installs, out of the cases of test_broken_installs.py."""
+    rows = []
+    for case in test_broken_installs.CASES:
+        reasons = {"cuda": case.cuda, "triton": case.triton}
+        if case.cuda == test_broken_installs.NO_EXTENSION:
+            del reasons["cuda"]  # not what is broken here
+        text = [f"`{name}: {readable(reason)}`" for name, reason in reasons.items() if reason]
+        if text:
+            takes = "Triton" if case.triton is None else "torch's own ops"
+            rows.append((case.breaks.__name__.replace("_", " "), takes, "; ".join(text)))
+    return tabulate(rows, ("install with", "CUDA tensors go to", "the warning says"), "github")
+
+
+def readable(pattern: str) -> str:
+    """A regular expression as the text that it matches, with an ellipsis for any, and for the cure
+    that all of Triton's share.
+    """
+    pattern = pattern.replace(test_broken_installs.NEEDS, "; it needs .*")
+    return re.sub(r"\\(.)", r"\1", pattern.replace(".*", "…")).replace("`", "'")
+
+
+TABLES = {"faults": table, "broken installs": installs}
+
+
+def between(name: str, text: str) -> tuple[int, int]:
+    """Where the table `name` begins and ends in the README."""
+    begin = f"<!-- {name}: written by python -m tests.faults -->\n"
+    return text.index(begin) + len(begin), text.index(f"<!-- end of {name} -->")
+
+
 def main() -> None:
     text = README.read_text()
-    start, end = text.index(BEGIN) + len(BEGIN), text.index(END)
-    README.write_text(text[:start] + table() + "\n" + text[end:])
-    print(f"wrote {len(INPUTS) + len(CALLS)} rows into {README.name}")
+    for name, write in TABLES.items():
+        start, end = between(name, text)
+        text = text[:start] + write() + "\n" + text[end:]
+    README.write_text(text)
+    print(f"wrote {' and '.join(TABLES)} into {README.name}")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,9 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -241,26 +243,41 @@ NO_TRITON = "triton is not installed; install it with `pip install triton`"
 OLD_TRITON = r"triton 3\.5\.1\+git1234 is too old; install 3\.6 or newer"
 NO_FOLDER = does_not_start("NotADirectoryError")
 
-# What is broken, why CUDA C++ and why Triton cannot run (None: it can), what the test needs.
+
+class Case(NamedTuple):
+    """A way to break an install.
+
+    Args:
+        breaks: breaks an `Install`.
+        cuda, triton: why this backend cannot run, a regular expression; None if it can.
+        needs: what the test needs.
+    """
+
+    breaks: Callable[[Install], None]
+    cuda: str
+    triton: str | None
+    needs: tuple[pytest.MarkDecorator, ...]
+
+
 CASES = [
-    (nothing, NO_EXTENSION, None, (has_triton, compiles)),
-    (no_triton, NO_EXTENSION, NO_TRITON, ()),
-    (old_triton, NO_EXTENSION, OLD_TRITON, ()),
-    (other_abi, does_not_load("undefined symbol"), None, (has_triton, compiles)),
-    (truncated, does_not_load("is truncated"), None, (has_triton, compiles)),
-    (old_torch, OLD_TORCH, None, (has_triton, compiles)),
-    (no_driver, NO_GPU, f"{NO_GPU}; with TRITON_INTERPRET=1", (has_triton, compiles)),
-    (unwritable_cache, NO_EXTENSION, NO_FOLDER, (has_triton,)),
-    (unwritable_cache_after_the_start, NO_EXTENSION, NO_FOLDER, (has_triton, compiles)),
-    (no_compiler, NO_EXTENSION, does_not_start("RuntimeError: .*C compiler"), (has_triton,)),
-    (wrong_compiler, NO_EXTENSION, does_not_start("FileNotFoundError: .*/cc"), (has_triton,)),
-    (no_libcuda, NO_EXTENSION, does_not_start("AssertionError"), (has_triton, lacks_libcuda)),
+    Case(nothing, NO_EXTENSION, None, (has_triton, compiles)),
+    Case(no_triton, NO_EXTENSION, NO_TRITON, ()),
+    Case(old_triton, NO_EXTENSION, OLD_TRITON, ()),
+    Case(other_abi, does_not_load("undefined symbol"), None, (has_triton, compiles)),
+    Case(truncated, does_not_load("is truncated"), None, (has_triton, compiles)),
+    Case(old_torch, OLD_TORCH, None, (has_triton, compiles)),
+    Case(no_driver, NO_GPU, f"{NO_GPU}; with TRITON_INTERPRET=1", (has_triton, compiles)),
+    Case(unwritable_cache, NO_EXTENSION, NO_FOLDER, (has_triton,)),
+    Case(unwritable_cache_after_the_start, NO_EXTENSION, NO_FOLDER, (has_triton, compiles)),
+    Case(no_compiler, NO_EXTENSION, does_not_start("RuntimeError: .*C compiler"), (has_triton,)),
+    Case(wrong_compiler, NO_EXTENSION, does_not_start("FileNotFoundError: .*/cc"), (has_triton,)),
+    Case(no_libcuda, NO_EXTENSION, does_not_start("AssertionError"), (has_triton, lacks_libcuda)),
 ]
 
 
 @pytest.mark.parametrize(
     ("breaks", "cuda_reason", "triton_reason"),
-    [pytest.param(*case, id=case[0].__name__, marks=marks) for *case, marks in CASES],
+    [pytest.param(*case[:3], id=case.breaks.__name__, marks=case.needs) for case in CASES],
 )
 def test_broken_install(tmp_path, driver, breaks, cuda_reason, triton_reason):
     install = Install(tmp_path, driver)

@@ -89,5 +89,8 @@ def test_wrong_calls_of_a_forced_backend(case, backend, wrong):
     assert fused_act.backends.forced is get(backend)
 
 
-def test_readme_shows_the_table():
-    assert faults.BEGIN + faults.table() + "\n" + faults.END in faults.README.read_text()
+@pytest.mark.parametrize("name", faults.TABLES)
+def test_readme_shows_the_table(name):
+    text = faults.README.read_text()
+    start, end = faults.between(name, text)
+    assert text[start:end] == faults.TABLES[name]() + "\n"
