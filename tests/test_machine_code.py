@@ -14,7 +14,7 @@ from benchmarks import machine_code
 from fused_act.activations import ACTIVATIONS
 from fused_act.backends.cuda import extension
 from fused_act.backends.triton import INTERPRET
-from tests.cases import all_dtypes
+from tests.cases import all_dtypes, both_16_bit_dtypes
 
 # Instructions for an element of a 16-bit tensor on sm_90, load, store and conversion included:
 # (forward, backward); relu6 forward writes its mask. Memory speed on an H200 allows 31 and 47.
@@ -106,6 +106,19 @@ def test_clamps_let_nan_through(backend, activation, direction, masked, dtype):
         clamps = {one.opcode for one in kernel.hot_path() if re.match("[FH]MNMX", one.opcode)}
         assert all(".NAN" in opcode for opcode in clamps)
         assert clamps or (activation.name, direction, dtype) in UNCLAMPED
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@all_kernels
+@both_16_bit_dtypes
+def test_results_round_to_nearest(backend, activation, direction, masked, dtype):
+    """The other modes show in the opcode; the conversions of the host are not the device's."""
+    if masked and direction == "backward":
+        pytest.skip("a gradient passes as it is")
+    kernel = compiled(backend, activation, direction, dtype, 90, masked)
+    conversions = [one.opcode for one in kernel.hot_path() if one.opcode.startswith("F2F")]
+    assert conversions
+    assert not [opcode for opcode in conversions if {"RZ", "RM", "RP"} & set(opcode.split("."))]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
