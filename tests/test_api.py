@@ -1,6 +1,7 @@
 """The public surface: names, modules, backend selection, replacement, errors, import cost."""
 
 import concurrent.futures
+import contextlib
 import copy
 import importlib.metadata
 import os
@@ -192,6 +193,29 @@ def test_kernel_or_torch(monkeypatch, unusual, takes_kernel):
     with torch.autograd.forward_ad.dual_level():
         transformed.append(activation.kernels_for(MISH, x))
     assert transformed == [MISH.eager, MISH.eager]
+
+
+def test_triton_launches_on_the_device_of_its_tensor(monkeypatch):
+    """A kernel launches on the current device; where one GPU is, nothing else shows it."""
+    pytest.importorskip("triton")
+    from fused_act.backends import triton_kernels
+
+    events = []
+
+    @contextlib.contextmanager
+    def device_of(tensor):
+        events.append(tensor)
+        yield
+        events.append("left")
+
+    class Kernel:
+        def __getitem__(self, grid):
+            return lambda *arguments, **options: events.append(grid)
+
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    x = torch.zeros(5)
+    triton_kernels.launch(Kernel(), x)
+    assert events == [x, (1,), "left"]
 
 
 def test_triton_without_package_metadata(monkeypatch):

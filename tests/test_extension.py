@@ -85,6 +85,16 @@ def test_unavailable_without_a_gpu_says_so():
     assert "no CUDA GPU" in get("cuda").unavailable()
 
 
+def test_every_op_guards_its_device():
+    """A kernel launches on the current device; where one GPU is, nothing else shows it."""
+    source = (ROOT / "csrc" / "ops.cu").read_text()
+    implementations = set(re.findall(r"TORCH_BOX\(&O::(\w+)\)", source))
+    assert implementations
+    for name in implementations:
+        body = re.search(rf"  static [^;{{}}]* {name}\(.*?\n  }}\n", source, re.DOTALL)[0]
+        assert "const DeviceGuard guard(" in body, name
+
+
 def build(tmp_path, **environment):
     """Build a wheel of a copy of the sources and return pip's output and the wheel."""
     source = tmp_path / "source"
