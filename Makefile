@@ -3,6 +3,7 @@
 # make gpu     where a GPU and torch are: tests and comparisons, raw results into RESULTS=folder
 # make sanitize  likewise: every kernel under compute-sanitizer
 # make lint    ruff and clang-format
+# make mutate  seed bugs and see that the tests catch each; writes tests/mutations.md
 # make bench   the comparison scripts, on whatever is here
 
 SHELL := /bin/bash
@@ -18,7 +19,7 @@ CSRC := $(wildcard csrc/*)
 # What runs the Triton kernels in the interpreter, in a process of its own.
 INTERPRETED := $(addprefix tests/test_,$(addsuffix .py,accuracy_kernels faults kernels layouts properties))
 
-.PHONY: demo test gpu sanitize lint bench clean
+.PHONY: demo test mutate gpu sanitize lint bench clean
 
 demo: $(VENV)/demo
 	$(RUN) -m benchmarks.demo
@@ -30,6 +31,9 @@ test: $(VENV)/test fused_act/_C.abi3.so
 	TRITON_INTERPRET=1 $(RUN) -m pytest $(INTERPRETED) -m "not gpu" || status=1; \
 	if [ $$status = 0 ]; then echo "make test: everything that needs no GPU passed"; \
 	else echo "make test: FAILED, see above"; fi; exit $$status
+
+mutate: $(VENV)/test fused_act/_C.abi3.so
+	$(RUN) -m tests.mutations
 
 lint: $(VENV)/test
 	$(RUN) -m ruff check .

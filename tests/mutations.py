@@ -1,0 +1,1023 @@
+"""Seeded bugs, and whether the tests that guard against each of them catch it.
+
+    python -m tests.mutations                  all (`make mutate`), and writes tests/mutations.md
+    python -m tests.mutations cuda-tail-bits   this one, with what pytest says
+
+Every bug is one replacement in one file, made in a copy of the tree, and only its guards run. They
+run without it first: a guard that fails anyway, or that runs no test, proves nothing. A bug is
+caught if a test fails or takes the process down; one that hangs, that does not build or that makes
+a fixture fail is not, since none of these says what is wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import concurrent.futures
+import dataclasses
+import os
+import queue
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).parent.parent
+TABLE = ROOT / "tests" / "mutations.md"
+TIMEOUT = 600  # seconds; the slowest guard takes about a minute
+
+
+@dataclasses.dataclass(frozen=True)
+class Guard:
+    """The tests that must catch a bug.
+
+    Args:
+        tests: arguments of pytest.
+        interpreted: they run the Triton kernels in the interpreter.
+        rebuilds: they read the built extension, which takes nvcc to build again.
+        gpu: they need a GPU: what is wrong cannot be seen without one.
+    """
+
+    tests: str
+    interpreted: bool = False
+    rebuilds: bool = False
+    gpu: bool = False
+
+    def lacks(self) -> str | None:
+        """What is missing here to run these tests."""
+        if self.gpu and not torch.cuda.is_available():
+            return "a GPU"
+        return "nvcc" if self.rebuilds and not extensions(ROOT) else None
+
+
+@dataclasses.dataclass(frozen=True)
+class Mutation:
+    """A seeded bug: `old`, which occurs once in `file`, becomes `new`."""
+
+    name: str
+    bug: str
+    file: str
+    old: str
+    new: str
+    guard: Guard
+
+
+def plain(tests: str) -> Guard:
+    return Guard(f"tests/{tests}")
+
+
+def interpreted(tests: str) -> Guard:
+    return Guard(f"tests/{tests}", interpreted=True)
+
+
+def built(tests: str) -> Guard:
+    return Guard(f"tests/{tests}", rebuilds=True)
+
+
+def gpu(tests: str) -> Guard:
+    return Guard(f"tests/{tests}", rebuilds=True, gpu=True)
+
+
+MUTATIONS = [
+    # csrc/activations.cuh
+    Mutation(
+        "cuda-mish-unclamped",
+        "e^x of a large x overflows: NaN in 16 bits",
+        "csrc/activations.cuh",
+        "exp2_approx(fmaf(clamp_max(x, 20.0f), kLog2e, 32.0f))",
+        "exp2_approx(fmaf(x, kLog2e, 32.0f))",
+        plain("test_accuracy.py -k 'test_functors and not hardware and mish'"),
+    ),
+    Mutation(
+        "cuda-mish-wrong-scale",
+        "one term of the derivative is half as large",
+        "csrc/activations.cuh",
+        "(e * (e + 0x1p32f)), 0x1p66f, n)",
+        "(e * (e + 0x1p32f)), 0x1p65f, n)",
+        plain("test_accuracy.py -k 'test_functors and not hardware and mish'"),
+    ),
+    Mutation(
+        "cuda-mish-dropped-term",
+        "e^2 + e loses its e in the fp32 derivative",
+        "csrc/activations.cuh",
+        "fmaf(4.0f * clamped * r, fmaf(e, e, e), n)",
+        "fmaf(4.0f * clamped * r, e * e, n)",
+        plain("test_accuracy.py -k 'test_functors and not hardware and mish'"),
+    ),
+    Mutation(
+        "cuda-tail-moved",
+        "between -87 and -95 the subnormal e^x flushes to 0",
+        "csrc/activations.cuh",
+        "kTail = -87.0f",
+        "kTail = -95.0f",
+        plain("test_accuracy.py -k 'test_functors and not hardware and mish'"),
+    ),
+    Mutation(
+        "cuda-swish-uncompensated",
+        "what rounding takes from beta x is lost",
+        "csrc/activations.cuh",
+        "clamped == z ? fmaf(x, beta, -z) : 0.0f",
+        "0.0f",
+        plain("test_accuracy.py -k 'test_functors and not hardware and swish'"),
+    ),
+    Mutation(
+        "cuda-swish-unscaled",
+        "e^-x without the scale overflows where the 16-bit result is still normal",
+        "csrc/activations.cuh",
+        "      const float e = exp2_approx(fmaf(x, beta * -kLog2e, -32.0f));\n"
+        "      return x * (reciprocal_approx(e + 0x1p-32f) * 0x1p-32f);\n",
+        "      const float e = exp2_approx(x * (beta * -kLog2e));\n"
+        "      return x * reciprocal_approx(e + 1.0f);\n",
+        plain("test_accuracy.py -k 'test_functors and not hardware and swish'"),
+    ),
+    Mutation(
+        "cuda-relu6-nan-swallowed",
+        "fminf and fmaxf turn NaN into a number",
+        "csrc/activations.cuh",
+        "return clamp(x, 0.0f, 6.0f);",
+        "return fminf(fmaxf(x, 0.0f), 6.0f);",
+        plain("test_accuracy.py -k 'specials_in_every_lane and relu6'"),
+    ),
+    Mutation(
+        "cuda-relu6-kink",
+        "the gradient passes at exactly 0",
+        "csrc/activations.cuh",
+        "return x <= 0.0f || x >= 6.0f",
+        "return x < 0.0f || x >= 6.0f",
+        plain("test_accuracy.py -k 'test_functors and not hardware and relu6'"),
+    ),
+    # csrc/math.cuh
+    Mutation(
+        "cuda-log2e-low",
+        "what fp32 does not hold of log2(e) is lost",
+        "csrc/math.cuh",
+        "fmaf(x, kLog2eLow, fmaf(x, kLog2e, -t))",
+        "fmaf(x, kLog2e, -t)",
+        plain("test_accuracy.py -k 'test_functors and not hardware and mish'"),
+    ),
+    Mutation(
+        "cuda-clamp-nan-swallowed",
+        "the device's clamp turns NaN into a number",
+        "csrc/math.cuh",
+        "min.NaN.f32",
+        "min.f32",
+        built("test_machine_code.py -k 'let_nan_through and cuda'"),
+    ),
+    # csrc/elementwise.cuh
+    Mutation(
+        "cuda-rounds-toward-zero",
+        "the device cuts results off instead of rounding them",
+        "csrc/elementwise.cuh",
+        "*reinterpret_cast<__half2*>(target) = __floats2half2_rn(a, b);",
+        "*reinterpret_cast<__half2*>(target) = "
+        "__halves2half2(__float2half_rz(a), __float2half_rz(b));",
+        built("test_machine_code.py -k 'round_to_nearest and cuda'"),
+    ),
+    Mutation(
+        "cuda-mask-bits-reversed",
+        "a full tile's mask has its first element in the last bit",
+        "csrc/elementwise.cuh",
+        "activation.derivative(values[run][i]) != 0.0f ? 1u << i : 0u",
+        "activation.derivative(values[run][i]) != 0.0f ? 1u << (7 - i) : 0u",
+        plain("test_host_kernels.py -k bulk_tail"),
+    ),
+    Mutation(
+        "cuda-tail-bits",
+        "the last tile's mask is off by one bit",
+        "csrc/elementwise.cuh",
+        "activation.derivative(value) != 0.0f ? 1u << i : 0u",
+        "activation.derivative(value) != 0.0f ? 2u << i : 0u",
+        plain("test_host_kernels.py -k bulk_tail"),
+    ),
+    Mutation(
+        "cuda-tail-overruns",
+        "the last tile is written to a multiple of 8 elements",
+        "csrc/elementwise.cuh",
+        "i < 8 && offset + i < left",
+        "i < 8",
+        plain("test_host_kernels.py -k bulk_tail"),
+    ),
+    Mutation(
+        "cuda-full-tile-overruns",
+        "a tile that lacks a few elements runs as a full one",
+        "csrc/elementwise.cuh",
+        "  if (left >= kTile<T>) {\n    forward_tile",
+        "  if (left >= kTile<T> - 8) {\n    forward_tile",
+        plain("test_host_kernels.py -k bulk_tail"),
+    ),
+    Mutation(
+        "cuda-backward-tail-short",
+        "the last gradient is not written",
+        "csrc/elementwise.cuh",
+        "for (int i = thread; i < left; i += kThreads)",
+        "for (int i = thread; i < left - 1; i += kThreads)",
+        plain("test_host_kernels.py -k bulk_tail"),
+    ),
+    Mutation(
+        "cuda-32-bit-offset",
+        "the start of a tile wraps after 2^31 elements",
+        "csrc/elementwise.cuh",
+        "return block * kTile<T>;",
+        "return static_cast<int>(block) * kTile<T>;",
+        plain("test_host_kernels.py -k 32_bits"),
+    ),
+    Mutation(
+        "cuda-run-stride",
+        "narrow accesses with a mask: the threads' runs overlap",
+        "csrc/elementwise.cuh",
+        "return (run * kThreads + thread) * kRun;",
+        "return (run * kThreads + thread) * kWidth;",
+        plain("test_host_kernels.py -k bulk_tail"),
+    ),
+    Mutation(
+        "cuda-alignment-of-one",
+        "16-byte accesses wherever one of the addresses allows them",
+        "csrc/elementwise.cuh",
+        "(reinterpret_cast<uintptr_t>(pointers) | ...)",
+        "(reinterpret_cast<uintptr_t>(pointers) & ...)",
+        plain("test_host_kernels.py -k bulk_tail"),
+    ),
+    Mutation(
+        "cuda-masked-product",
+        "an infinite gradient that does not pass becomes NaN",
+        "csrc/elementwise.cuh",
+        "results[i] = bits[run] >> i & 1 ? grads[run][i] : 0.0f;",
+        "results[i] = grads[run][i] * static_cast<float>(bits[run] >> i & 1);",
+        plain("test_host_kernels.py -k does_not_pass"),
+    ),
+    Mutation(
+        "cuda-last-block-missing",
+        "the last tile is not launched",
+        "csrc/elementwise.cuh",
+        "return (numel + kTile<T> - 1) / kTile<T>;",
+        "return numel / kTile<T>;",
+        gpu("test_layouts.py -k 'sizes_and_offsets and cuda'"),
+    ),
+    Mutation(
+        "cuda-default-stream",
+        "forward runs on the default stream",
+        "csrc/elementwise.cuh",
+        "<<<block_count<T>(numel), kThreads, 0, stream>>>(activation, x, y, mask, numel)",
+        "<<<block_count<T>(numel), kThreads>>>(activation, x, y, mask, numel)",
+        gpu("test_gpu.py -k 'current_stream and cuda'"),
+    ),
+    # csrc/ops.cu
+    Mutation(
+        "cuda-layout-ignored",
+        "strided inputs and gradients are read as if they were contiguous",
+        "csrc/ops.cu",
+        "  if (has_layout_of(like, x)) {\n    return x;\n  }\n",
+        "  if (x.numel() > 0) {\n    return x;\n  }\n",
+        gpu("test_layouts.py -m gpu -k 'test_layouts and cuda'"),
+    ),
+    Mutation(
+        "cuda-overlap-ignored",
+        "an output that overlaps its input is read after it is written",
+        "csrc/ops.cu",
+        "overlap_partially(x, out) ? torch::stable::clone(x) : x",
+        "x",
+        gpu("test_kernels.py -m gpu -k 'raw_out_op and cuda'"),
+    ),
+    Mutation(
+        "cuda-no-device-guard",
+        "backward launches on whichever device is current",
+        "csrc/ops.cu",
+        "    check_match(grad_output, input);\n"
+        "    const DeviceGuard guard(input.get_device_index());\n",
+        "    check_match(grad_output, input);\n",
+        plain("test_extension.py -k guards_its_device"),
+    ),
+    Mutation(
+        "cuda-strong-stream-symbol",
+        "the library does not load in a CPU build of torch",
+        "csrc/ops.cu",
+        'extern "C" __attribute__((weak)) AOTITorchError',
+        'extern "C" AOTITorchError',
+        built("test_extension.py -k stable_symbols"),
+    ),
+    Mutation(
+        "cuda-unregistered",
+        "an op has a schema and no kernel",
+        "csrc/ops.cu",
+        '  library.impl((name + "_with_mask.out").c_str(), '
+        "TORCH_BOX(&O::forward_with_mask_out));\n",
+        "",
+        built("test_extension.py -k implements_every_op"),
+    ),
+    # setup.py
+    Mutation(
+        "setup-as-needed",
+        "the linker drops libtorch",
+        "setup.py",
+        '"-Xlinker", "--no-as-needed", "-ltorch"',
+        '"-Xlinker", "--as-needed", "-ltorch"',
+        built("test_extension.py -k links_torch"),
+    ),
+    Mutation(
+        "setup-demand-ignored",
+        "a demanded extension that cannot be built is left out in silence",
+        "setup.py",
+        '    if choice == "1":\n        raise',
+        '    if choice == "yes":\n        raise',
+        plain("test_extension.py -k without_nvcc"),
+    ),
+    # fused_act/backends/triton_activations.py
+    Mutation(
+        "triton-mish-dropped-term",
+        "e^2 + e loses its e in the 16-bit derivative",
+        "fused_act/backends/triton_activations.py",
+        "(e * (e + TWO_32))",
+        "(e * e)",
+        interpreted("test_accuracy_kernels.py -k 'every_16_bit and mish'"),
+    ),
+    Mutation(
+        "triton-tail-moved",
+        "between -87 and -95 the subnormal e^x has few bits",
+        "fused_act/backends/triton_activations.py",
+        "TAIL = tl.constexpr(-87.0)",
+        "TAIL = tl.constexpr(-95.0)",
+        interpreted("test_accuracy_kernels.py -k 'fp32_in_every_binade and (mish or swish)'"),
+    ),
+    Mutation(
+        "triton-clamp-nan-swallowed",
+        "the clamp turns NaN into a number",
+        "fused_act/backends/triton_activations.py",
+        "tl.minimum(x, maximum, propagate_nan=tl.PropagateNan.ALL)",
+        "tl.minimum(x, maximum)",
+        plain("test_machine_code.py -k 'let_nan_through and triton'"),
+    ),
+    Mutation(
+        "triton-relu6-kink",
+        "the gradient passes at exactly 6",
+        "fused_act/backends/triton_activations.py",
+        "(x >= 6.0)",
+        "(x > 6.0)",
+        interpreted("test_accuracy_kernels.py -k 'every_16_bit and relu6'"),
+    ),
+    # fused_act/backends/triton_kernels.py
+    Mutation(
+        "triton-tail-overruns",
+        "one element too many is written",
+        "fused_act/backends/triton_kernels.py",
+        "    LOW: tl.constexpr = x_ptr.dtype.element_ty != tl.float32\n"
+        "    offsets = tl.arange(0, BLOCK_SIZE)\n"
+        "    valid = None if FULL else offsets < numel\n",
+        "    LOW: tl.constexpr = x_ptr.dtype.element_ty != tl.float32\n"
+        "    offsets = tl.arange(0, BLOCK_SIZE)\n"
+        "    valid = None if FULL else offsets <= numel\n",
+        interpreted("test_layouts.py -k 'nothing_outside and (mish or relu6) and float32'"),
+    ),
+    Mutation(
+        "triton-backward-overruns",
+        "one gradient too many is written",
+        "fused_act/backends/triton_kernels.py",
+        "    LOW: tl.constexpr = grad_output_ptr.dtype.element_ty != tl.float32\n"
+        "    offsets = tl.arange(0, BLOCK_SIZE)\n"
+        "    valid = None if FULL else offsets < numel\n",
+        "    LOW: tl.constexpr = grad_output_ptr.dtype.element_ty != tl.float32\n"
+        "    offsets = tl.arange(0, BLOCK_SIZE)\n"
+        "    valid = None if FULL else offsets <= numel\n",
+        interpreted("test_layouts.py -k 'nothing_outside and (mish or relu6) and float32'"),
+    ),
+    Mutation(
+        "triton-mask-bits-reversed",
+        "a mask has its first element in the last bit",
+        "fused_act/backends/triton_kernels.py",
+        "<< (offsets % 8)",
+        "<< (7 - offsets % 8)",
+        interpreted("test_kernels.py -k memory_order"),
+    ),
+    Mutation(
+        "triton-mask-byte-short",
+        "the last byte of a mask, if it is not full, is not written",
+        "fused_act/backends/triton_kernels.py",
+        "tl.store(mask_ptr + bytes_, mask, mask=bytes_ * 8 < numel)",
+        "tl.store(mask_ptr + bytes_, mask, mask=bytes_ * 8 + 8 <= numel)",
+        interpreted("test_layouts.py -k 'sizes_and_offsets and relu6'"),
+    ),
+    Mutation(
+        "triton-mask-byte-long",
+        "a byte behind the mask is written",
+        "fused_act/backends/triton_kernels.py",
+        "tl.store(mask_ptr + bytes_, mask, mask=bytes_ * 8 < numel)",
+        "tl.store(mask_ptr + bytes_, mask, mask=bytes_ * 8 <= numel)",
+        interpreted("test_layouts.py -k 'nothing_outside and (mish or relu6) and float32'"),
+    ),
+    Mutation(
+        "triton-32-bit-offset",
+        "the start of a tile wraps after 2^31 elements",
+        "fused_act/backends/triton_kernels.py",
+        "    # 64 bits, for tensors of more than 2^31 elements; within a tile 32 bits do.\n"
+        "    start = tl.program_id(0).to(tl.int64) * BLOCK_SIZE\n",
+        "    start = tl.program_id(0) * BLOCK_SIZE\n",
+        plain("test_machine_code.py -k 64_bits"),
+    ),
+    Mutation(
+        "triton-masked-product",
+        "an infinite gradient that does not pass becomes NaN",
+        "fused_act/backends/triton_kernels.py",
+        "tl.where(tl.reshape(bits, (BLOCK_SIZE,)) != 0, grad_output, 0.0)",
+        "grad_output * tl.reshape(bits, (BLOCK_SIZE,))",
+        interpreted("test_kernels.py -k does_not_pass"),
+    ),
+    Mutation(
+        "triton-no-register-ceiling",
+        "ptxas sinks the loads of backward behind the math",
+        "fused_act/backends/triton_kernels.py",
+        ', "maxnreg": 64}',
+        "}",
+        plain("test_machine_code.py -k 'before_the_math and triton'"),
+    ),
+    Mutation(
+        "triton-no-device-guard",
+        "the kernel launches on whichever device is current",
+        "fused_act/backends/triton_kernels.py",
+        "        with torch.cuda.device_of(x):\n",
+        "        if True:\n",
+        plain("test_api.py -k device_of"),
+    ),
+    Mutation(
+        "triton-input-layout-ignored",
+        "a strided input is read as if it were contiguous",
+        "fused_act/backends/triton_kernels.py",
+        "        x = with_layout_of(y, x)\n",
+        "",
+        interpreted("test_layouts.py -k 'test_layouts and float32 and (mish or relu6)'"),
+    ),
+    Mutation(
+        "triton-gradient-layout-ignored",
+        "expanded and strided gradients are read as if they were contiguous",
+        "fused_act/backends/triton_kernels.py",
+        "        grad_output = with_layout_of(grad_input, grad_output)\n",
+        "",
+        interpreted("test_layouts.py -k 'test_layouts and float32 and (mish or relu6)'"),
+    ),
+    Mutation(
+        "triton-needless-copy",
+        "1 x 1 images of channels_last are copied",
+        "fused_act/backends/triton_kernels.py",
+        "size == 1 or step == expected",
+        "step == expected",
+        interpreted("test_layouts.py -k one_by_one"),
+    ),
+    Mutation(
+        "triton-overlap-ignored",
+        "an output that overlaps its input is read after it is written",
+        "fused_act/backends/triton_kernels.py",
+        "            x = x.clone()",
+        "            pass",
+        interpreted("test_kernels.py -k raw_out_op"),
+    ),
+    Mutation(
+        "triton-mask-in-logical-order",
+        "backward takes the bits of a mask in the order of grad_output",
+        "fused_act/backends/triton_kernels.py",
+        "        grad_input = torch.empty_strided(\n"
+        "            grad_output.shape, stride, dtype=grad_output.dtype, "
+        "device=grad_output.device\n        )\n",
+        "        grad_input = torch.empty_like(grad_output)\n",
+        interpreted("test_layouts.py -k 'test_layouts and float32 and (mish or relu6)'"),
+    ),
+    Mutation(
+        "triton-shapes-unchecked",
+        "in inference mode, below Autograd, backward reads behind a smaller input",
+        "fused_act/backends/triton_kernels.py",
+        '        ops.check(f"{name}_backward", grad_output, x)\n',
+        "",
+        interpreted("test_kernels.py -k raw_backward_checks"),
+    ),
+    # fused_act/activation.py
+    Mutation(
+        "forced-backend-changed",
+        "a forced backend leaves a dtype that it does not take to torch",
+        "fused_act/activation.py",
+        "    if is_transformed() or isinstance(x, torch.fx.Proxy):\n",
+        "    if is_transformed() or getattr(x, 'dtype', None) not in DTYPES:\n",
+        interpreted("test_kernels.py -k forced_backend_refuses"),
+    ),
+    Mutation(
+        "negative-bit-forgotten",
+        "auto gives a kernel a view whose sign is not in its memory",
+        "fused_act/activation.py",
+        " or x.is_neg()",
+        "",
+        plain("test_api.py -k kernel_or_torch"),
+    ),
+    Mutation(
+        "transforms-forgotten",
+        "vmap and jvp meet a kernel",
+        "fused_act/activation.py",
+        "        torch._C._are_functorch_transforms_active()\n        or forward_ad",
+        "        forward_ad",
+        interpreted("test_kernels.py -k transforms"),
+    ),
+    Mutation(
+        "forward-mode-forgotten",
+        "a dual tensor meets a kernel, which loses its tangent",
+        "fused_act/activation.py",
+        "        or forward_ad._current_level >= 0\n        or torch._C",
+        "        or torch._C",
+        plain("test_api.py -k kernel_or_torch"),
+    ),
+    Mutation(
+        "tracing-forgotten",
+        "torch.jit.trace records a kernel",
+        "fused_act/activation.py",
+        "        or torch._C._get_tracing_state() is not None\n",
+        "",
+        interpreted("test_kernels.py -k jit_traces"),
+    ),
+    Mutation(
+        "inplace-lost",
+        "torch's op gets no inplace",
+        "fused_act/activation.py",
+        "return activation.torch_forward(x, *parameters, inplace=inplace)",
+        "return activation.torch_forward(x, *parameters, inplace=False)",
+        plain("test_fallback.py -k inplace"),
+    ),
+    Mutation(
+        "leaf-overwritten",
+        "a leaf that requires grad is written before it is refused",
+        "fused_act/activation.py",
+        "    if forbidden or (needs_grad and (x.is_leaf or x._is_view())):\n",
+        "    if forbidden:\n",
+        interpreted("test_kernels.py -k inplace_refuses"),
+    ),
+    Mutation(
+        "view-overwritten",
+        "a view that torch refuses to write is written",
+        "fused_act/activation.py",
+        "    if forbidden or (needs_grad and (x.is_leaf or x._is_view())):\n",
+        "    if forbidden or (needs_grad and x.is_leaf):\n",
+        interpreted("test_kernels.py -k inplace_refuses"),
+    ),
+    Mutation(
+        "inplace-saves-result",
+        "backward gets the overwritten input",
+        "fused_act/activation.py",
+        "source = x if activation.saves_mask else x.clone()",
+        "source = x",
+        interpreted("test_kernels.py -k 'test_inplace and mish'"),
+    ),
+    Mutation(
+        "compiled-inplace-saves-result",
+        "backward gets the overwritten input, in a compiled graph",
+        "fused_act/activation.py",
+        "activate(activation, x.clone(), False, *parameters)",
+        "activate(activation, x, False, *parameters)",
+        plain("test_compile.py -k 'one_graph and mish and float32'"),
+    ),
+    Mutation(
+        "backward-of-another-backend",
+        "backward takes the backend that is selected then",
+        "fused_act/activation.py",
+        "    kernels, parameters = ctx.kernels, ctx.parameters\n    if grad",
+        "    kernels, parameters = kernels_for(activation, saved), ctx.parameters\n    if grad",
+        interpreted("test_kernels.py -k forward_mode"),
+    ),
+    Mutation(
+        "second-derivative-cut",
+        "the gradient is not differentiable",
+        "fused_act/activation.py",
+        "        torch.is_grad_enabled() or forward_ad._current_level >= 0\n",
+        "        forward_ad._current_level >= 0\n",
+        interpreted("test_kernels.py -k second_derivative"),
+    ),
+    Mutation(
+        "forward-mode-through-backward-cut",
+        "the gradient's tangent is lost",
+        "fused_act/activation.py",
+        "        torch.is_grad_enabled() or forward_ad._current_level >= 0\n",
+        "        torch.is_grad_enabled()\n",
+        interpreted("test_kernels.py -k forward_mode"),
+    ),
+    Mutation(
+        "relu6-second-derivative-missing",
+        "the second derivative of relu6 is not 0 but missing",
+        "fused_act/activation.py",
+        "torch.where(passes, grad_output, 0) + anchor[0].sum()",
+        "torch.where(passes, grad_output, 0)",
+        interpreted("test_kernels.py -k second_derivative"),
+    ),
+    Mutation(
+        "hooks-run-twice",
+        "backward under create_graph runs the hooks of x once more",
+        "fused_act/activation.py",
+        "x = saved.view_as(saved)",
+        "x = saved",
+        interpreted("test_kernels.py -k hooks"),
+    ),
+    Mutation(
+        "stride-of-gapped-output",
+        "in place with gaps: backward takes the stride of y for that of the mask",
+        "fused_act/activation.py",
+        'ctx.stride = torch.empty_like(y, device="meta").stride()',
+        "ctx.stride = y.stride()",
+        interpreted("test_kernels.py -k 'test_inplace and relu6'"),
+    ),
+    Mutation(
+        "unpacked-in-logical-order",
+        "a differentiable gradient takes the bits of a mask in logical order",
+        "fused_act/activation.py",
+        "return bits.flatten().bool().as_strided(shape, stride)",
+        "return bits.flatten().bool()[: shape.numel()].view(shape)",
+        interpreted("test_kernels.py -k second_derivative"),
+    ),
+    # fused_act/ops.py
+    Mutation(
+        "version-not-bumped",
+        "autograd does not learn of a write in place",
+        "fused_act/ops.py",
+        "    increment_version(out)\n",
+        "",
+        interpreted("test_kernels.py -k raw_out_op"),
+    ),
+    Mutation(
+        "fake-forward-contiguous",
+        "the fake forgets the strides of x",
+        "fused_act/ops.py",
+        '"forward": lambda x, *parameters: torch.empty_like(x),',
+        '"forward": lambda x, *parameters: x.new_empty(x.shape),',
+        interpreted("test_kernels.py -k 'opcheck and mish'"),
+    ),
+    Mutation(
+        "fake-backward-stride",
+        "the fake gives grad_input the strides of grad_output",
+        "fused_act/ops.py",
+        "        stride = parameters[-1]\n"
+        "        return torch.empty_strided(\n"
+        "            grad_output.shape, stride, dtype=grad_output.dtype, "
+        "device=grad_output.device\n        )\n",
+        "        return torch.empty_like(grad_output)\n",
+        interpreted("test_kernels.py -k 'opcheck and relu6'"),
+    ),
+    Mutation(
+        "out-not-mutated",
+        "the schema hides that out is written",
+        "fused_act/ops.py",
+        '"{name}.out(Tensor x{parameters}, *, Tensor(a!) out) -> ()"',
+        '"{name}.out(Tensor x{parameters}, *, Tensor out) -> ()"',
+        interpreted("test_kernels.py -k 'opcheck and mish'"),
+    ),
+    Mutation(
+        "mask-too-long",
+        "a byte too many where the size is a multiple of 8",
+        "fused_act/ops.py",
+        "return (x.numel() + 7) // 8",
+        "return x.numel() // 8 + 1",
+        interpreted("test_kernels.py -k raw_backward_checks"),
+    ),
+    Mutation(
+        "gaps-taken-for-dense",
+        "the stride of a tensor with gaps passes for a dense one's",
+        "fused_act/ops.py",
+        "        if step != expected:\n",
+        "        if step < expected:\n",
+        interpreted("test_kernels.py -k raw_backward_checks"),
+    ),
+    Mutation(
+        "shape-unchecked",
+        "x of as many elements but another shape passes",
+        "fused_act/ops.py",
+        "if other.shape != x.shape:",
+        "if other.numel() != x.numel():",
+        interpreted("test_kernels.py -k raw_backward_checks"),
+    ),
+    Mutation(
+        "gradient-lost",
+        "a raw op takes an input that requires grad",
+        "fused_act/ops.py",
+        "if any(is_differentiated(tensor) for tensor in tensors):",
+        "if False:",
+        interpreted("test_kernels.py -k raw_ops_refuse"),
+    ),
+    Mutation(
+        "tangent-lost",
+        "a raw op takes an input that has a tangent",
+        "fused_act/ops.py",
+        "    if forward_ad._current_level >= 0 and "
+        "forward_ad.unpack_dual(x).tangent is not None:\n        return True\n",
+        "",
+        interpreted("test_kernels.py -k raw_ops_refuse"),
+    ),
+    # fused_act/backends/__init__.py
+    Mutation(
+        "setting-lost",
+        "use_backend ends with auto, not with what was before",
+        "fused_act/backends/__init__.py",
+        "        forced = self.previous\n",
+        "        forced = None\n",
+        plain("test_api.py -k setter"),
+    ),
+    Mutation(
+        "unavailable-backend-changed",
+        "a forced backend that is not available becomes torch's",
+        "fused_act/backends/__init__.py",
+        '                raise RuntimeError(f"use_backend: {name!r} is not available: {reason}")\n',
+        '                backend = get("torch")\n',
+        plain("test_api.py -k unavailable_backend"),
+    ),
+    Mutation(
+        "old-gpu-accepted",
+        "sm_75, which lacks bfloat16, passes",
+        "fused_act/backends/__init__.py",
+        "    if major < 8:\n",
+        "    if major < 7:\n",
+        plain("test_api.py -k unfit"),
+    ),
+    Mutation(
+        "loaded-by-two-threads",
+        "two threads give the raw ops their kernels",
+        "fused_act/backends/__init__.py",
+        "        with LOADING:",
+        "        if True:",
+        plain("test_api.py -k loads_once"),
+    ),
+    Mutation(
+        "broken-extension-silent",
+        "auto says nothing of an extension that cannot be loaded",
+        "fused_act/backends/__init__.py",
+        "        warnings.warn(text, stacklevel=2)\n",
+        "        pass\n",
+        plain("test_broken_installs.py -k 'old_torch or other_abi'"),
+    ),
+    # fused_act/backends/cuda.py
+    Mutation(
+        "torch-checked-after-load",
+        "an extension for a newer torch is loaded before it is refused",
+        "fused_act/backends/cuda.py",
+        "    # Before it is loaded",
+        "    load()\n    # Before it is loaded",
+        plain("test_broken_installs.py -k old_torch"),
+    ),
+    # fused_act/backends/eager.py
+    Mutation(
+        "export-shows-the-formula",
+        "ONNX gets the formula, not one node",
+        "fused_act/backends/eager.py",
+        "        and not backends.is_exporting()\n",
+        "",
+        plain("test_fallback.py -k export"),
+    ),
+    Mutation(
+        "forced-torch-fuses",
+        "use_backend('torch') compiles to the formula, not to torch's op",
+        "fused_act/backends/eager.py",
+        "        and backends.forced is None\n",
+        "",
+        plain("test_compile.py -k forcing_torch"),
+    ),
+    Mutation(
+        "subclass-fuses",
+        "a subclass gets the formula under torch.compile",
+        "fused_act/backends/eager.py",
+        "        and type(x) in (Tensor, torch.nn.Parameter)\n",
+        "",
+        plain("test_compile.py -k subclass"),
+    ),
+    # fused_act/activations/
+    Mutation(
+        "formula-mish-tail",
+        "below -87 the formula multiplies by e^(x/2) once",
+        "fused_act/activations/mish.py",
+        "torch.where(tail, x * e * e, ",
+        "torch.where(tail, x * e, ",
+        plain("test_accuracy.py -k test_formula"),
+    ),
+    Mutation(
+        "mish-module-inplace-lost",
+        "Mish(inplace=True) writes elsewhere",
+        "fused_act/activations/mish.py",
+        "return mish(input, self.inplace)",
+        "return mish(input)",
+        plain("test_api.py -k drop_in"),
+    ),
+    Mutation(
+        "swish-backward-dropped-beta",
+        "torch's gradient of Swish without its last beta",
+        "fused_act/activations/swish.py",
+        "return grad_output * gate + grad_output * x * (gate * (1 - gate)) * beta",
+        "return grad_output * gate + grad_output * x * (gate * (1 - gate))",
+        plain("test_api.py -k applies_on_cpu"),
+    ),
+    Mutation(
+        "swish-true-is-a-beta",
+        "swish(x, True), which meant inplace, takes True for beta",
+        "fused_act/activations/swish.py",
+        " or isinstance(beta, bool)",
+        "",
+        plain("test_api.py -k beta_must_be"),
+    ),
+    Mutation(
+        "relu6-backward-bound",
+        "torch's gradient of ReLU6 passes up to 6.5",
+        "fused_act/activations/relu6.py",
+        "hardtanh_backward.default(grad_output, x, 0.0, 6.0)",
+        "hardtanh_backward.default(grad_output, x, 0.0, 6.5)",
+        plain("test_api.py -k applies_on_cpu"),
+    ),
+    # fused_act/replace.py
+    Mutation(
+        "other-bounds-replaced",
+        "a ReLU6 whose bounds somebody has set is replaced",
+        "fused_act/replace.py",
+        "(module.min_val, module.max_val) != (0.0, 6.0)",
+        "module.min_val != 0.0",
+        plain("test_api.py -k replace"),
+    ),
+]
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """The test that failed first, or else why the bug does not count as caught."""
+
+    caught_by: str = ""
+    why_not: str = ""
+    output: str = ""
+
+
+def extensions(root: Path) -> list[Path]:
+    return list((root / "fused_act").glob("_C*.so"))
+
+
+def copy_tree(target: Path) -> Path:
+    """Copy what git tracks or does not ignore, and the built extension, into `target`."""
+    listed = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout
+    paths = {ROOT / name for name in listed.split("\0") if name} | set(extensions(ROOT))
+    for source in filter(Path.is_file, paths):
+        copy = target / source.relative_to(ROOT)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(source, copy)
+    return target
+
+
+def run(tree: Path, *command: str, **environment: str) -> subprocess.CompletedProcess:
+    """Run Python in `tree`, with its package and none of its byte code from before."""
+    inherited = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    return subprocess.run(
+        [sys.executable, *command],
+        cwd=tree,
+        env=inherited | {"PYTHONPATH": str(tree), "PYTHONDONTWRITEBYTECODE": "1"} | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=TIMEOUT,
+        check=False,
+    )
+
+
+def run_guard(tree: Path, guard: Guard, *options: str) -> subprocess.CompletedProcess:
+    command = ["-m", "pytest", "-v", "--tb=short", "-p", "no:cacheprovider", *options]
+    command += shlex.split(guard.tests)
+    if guard.interpreted:
+        return run(tree, *command, "-m", "not gpu", TRITON_INTERPRET="1")
+    return run(tree, *command)
+
+
+def check_guard(tree: Path, guard: Guard) -> Result:
+    """Whether `guard` passes without a bug, and runs a test where it can."""
+    try:
+        done = run_guard(tree, guard)
+    except subprocess.TimeoutExpired:
+        return Result(why_not="hangs")
+    if done.returncode != 0:
+        return Result(why_not="fails without a bug, or selects no test", output=done.stdout)
+    if guard.lacks() is None and " PASSED" not in done.stdout:
+        return Result(why_not="skips all its tests", output=done.stdout)
+    return Result()
+
+
+def try_mutation(tree: Path, mutation: Mutation) -> Result:
+    """Seed the bug in `tree`, run its guards, take it out again."""
+    path = tree / mutation.file
+    original = path.read_text()
+    assert original.count(mutation.old) == 1, f"{mutation.name}: `old` must occur once"
+    path.write_text(original.replace(mutation.old, mutation.new))
+    try:
+        if mutation.guard.rebuilds:
+            build = run(tree, "setup.py", "-q", "build_ext", "-f", "--inplace")
+            if build.returncode != 0:
+                return Result(why_not="does not build", output=build.stdout)
+        done = run_guard(tree, mutation.guard, "-x")
+    except subprocess.TimeoutExpired:
+        return Result(why_not="hangs")
+    finally:
+        path.write_text(original)
+        if mutation.guard.rebuilds:
+            for extension in extensions(ROOT):
+                shutil.copy2(extension, tree / extension.relative_to(ROOT))
+    return judge(done)
+
+
+def judge(done: subprocess.CompletedProcess) -> Result:
+    if failed := re.search(r"^(tests/.*?) FAILED", done.stdout, re.MULTILINE):
+        return Result(caught_by=failed[1], output=done.stdout)
+    if done.returncode < 0:  # a signal: the test that was running is the last one named
+        running = re.findall(r"^(tests/\S+::.*?)(?: PASSED| SKIPPED| Fatal|$)", done.stdout, re.M)
+        return Result(caught_by=f"{running[-1].strip()} (crash)", output=done.stdout)
+    why_not = "survives" if done.returncode == 0 else f"pytest exits with {done.returncode}"
+    return Result(why_not=why_not, output=done.stdout)
+
+
+def on_every_tree(trees: queue.Queue, work: Callable, items: Iterable, what: str) -> dict:
+    """`work(tree, item)` for each item, as many at a time as there are trees."""
+    # Not at the top: `make gpu` collects the tests with what the machine has.
+    from tqdm import tqdm
+
+    def with_tree(item):
+        tree = trees.get()
+        try:
+            return item, work(tree, item)
+        finally:
+            trees.put(tree)
+
+    items = list(items)
+    with concurrent.futures.ThreadPoolExecutor(trees.qsize()) as pool:
+        futures = [pool.submit(with_tree, item) for item in items]
+        done = concurrent.futures.as_completed(futures)
+        progress = tqdm(done, what, len(items), leave=False, smoothing=0)
+        try:
+            return dict(future.result() for future in progress)
+        except BaseException:  # Ctrl-C must not wait for those that have not begun
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def table(results: dict[Mutation, Result]) -> str:
+    from tabulate import tabulate
+
+    rows = []
+    for mutation in MUTATIONS:
+        if mutation in results:
+            result = results[mutation]
+            verdict = f"`{result.caught_by}`" if result.caught_by else f"**{result.why_not}**"
+            rows.append((mutation.name, f"`{mutation.file}`", mutation.bug, verdict))
+    return tabulate(rows, ("name", "file", "bug", "caught first by"), "github")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("names", nargs="*", metavar="name", help="bugs to seed; none means all")
+    parser.add_argument("-j", type=int, default=2, help="how many at a time (%(default)s)")
+    arguments = parser.parse_args()
+    if unknown := set(arguments.names) - {mutation.name for mutation in MUTATIONS}:
+        parser.error(f"no mutation is called {', '.join(sorted(unknown))}")
+    chosen = [m for m in MUTATIONS if not arguments.names or m.name in arguments.names]
+    with tempfile.TemporaryDirectory() as folder:
+        trees = queue.Queue()
+        for worker in range(arguments.j):
+            trees.put(copy_tree(Path(folder) / str(worker)))
+        guards = dict.fromkeys(mutation.guard for mutation in chosen)
+        unfit = {
+            guard: result
+            for guard, result in on_every_tree(trees, check_guard, guards, "guards").items()
+            if result.why_not
+        }
+        for guard, result in unfit.items():
+            print(f"{result.output}\n{guard.tests}: {result.why_not}")
+        if unfit:
+            return 1
+        runnable = [mutation for mutation in chosen if mutation.guard.lacks() is None]
+        results = on_every_tree(trees, try_mutation, runnable, "bugs")
+    for mutation in chosen:
+        if mutation not in results:
+            results[mutation] = Result(why_not=f"needs {mutation.guard.lacks()}")
+    if arguments.names:
+        print(*(results[mutation].output for mutation in chosen), sep="\n")
+    print(table(results))
+    if not arguments.names:
+        TABLE.write_text(HEADER + table(results) + "\n")
+    survivors = [mutation.name for mutation in runnable if not results[mutation].caught_by]
+    caught = f"{len(runnable) - len(survivors)} of {len(runnable)} seeded bugs caught"
+    lacking = collections.Counter(mutation.guard.lacks() for mutation in chosen)
+    caught += "".join(f", {count} more need {what}" for what, count in lacking.items() if what)
+    if survivors:
+        caught += f"; not caught: {', '.join(survivors)}"
+    print(f"make mutate: {caught}")
+    return bool(survivors)
+
+
+HEADER = """# Seeded bugs and the tests that catch them
+
+Written by `make mutate`, which seeds each bug in a copy of the sources and runs the tests that
+guard against it. `tests/mutations.py` has the replacements and says what counts as caught.
+
+"""
+
+if __name__ == "__main__":
+    sys.exit(main())
