@@ -28,21 +28,23 @@ def build(folder: Path) -> dict[str, ctypes.CDLL]:
         (ROOT / "csrc" / "ops.cu").read_text(),
     )
     include = Path(torch.__file__).parent / "include"
-    built = {}
+    builds = {}
     for struct, parameters, name in registrations:
-        library = folder / f"{name}.so"
         command = [
             COMPILER,
             *("-std=c++20", "-O2", "-shared", "-fPIC", f"-I{include}"),
             f"-DACTIVATION={struct}",
             f"-DPARAMETER_COUNT={parameters.count('double')}",
             str(ROOT / "tests" / "host_kernels.cpp"),
-            *("-o", str(library)),
+            *("-o", str(folder / f"{name}.so")),
         ]
-        subprocess.run(command, check=True)
-        built[name] = ctypes.CDLL(str(library))
-        built[name].tile.restype = ctypes.c_int64
-        for function in (built[name].run_exp2, built[name].run_reciprocal):
+        builds[name] = subprocess.Popen(command)
+    built = {}
+    for name, process in builds.items():
+        assert process.wait() == 0, f"{name} does not build, see above"
+        library = built[name] = ctypes.CDLL(str(folder / f"{name}.so"))
+        library.tile.restype = library.count_blocks.restype = ctypes.c_int64
+        for function in (library.run_exp2, library.run_reciprocal):
             function.argtypes, function.restype = [ctypes.c_float], ctypes.c_float
     return built
 
@@ -91,9 +93,9 @@ class Host:
 
     def span(self, x: Tensor, block: int) -> list[ctypes.c_int64]:
         """numel, first block, end of the blocks, of a tensor whose last ones are in `x`."""
-        tile = self.tile(x.dtype)
-        blocks = -(-x.numel() // tile)
-        return [ctypes.c_int64(n) for n in (block * tile + x.numel(), block, block + blocks)]
+        numel = ctypes.c_int64(block * self.tile(x.dtype) + x.numel())
+        end = self.library.count_blocks(DTYPES.index(x.dtype), numel)
+        return [numel, ctypes.c_int64(block), ctypes.c_int64(end)]
 
     def pair(self, x: Tensor) -> dict[str, Tensor]:
         """f(x), and f'(x) as the gradient of a gradient of 1."""

@@ -89,6 +89,10 @@ float run_exp2(float x) { return exp2_approx(x); }
 
 float run_reciprocal(float x) { return reciprocal_approx(x); }
 
+int64_t count_blocks(int dtype, int64_t numel) {
+  return dtype == 2 ? block_count<float>(numel) : block_count<Half>(numel);
+}
+
 int64_t tile(int dtype) { return dtype == 2 ? kTile<float> : kTile<Half>; }
 
 void run_forward(int dtype, const double* parameters, const void* x, void* y, uint8_t* mask,

@@ -257,7 +257,7 @@ MUTATIONS = [
         "csrc/elementwise.cuh",
         "return (numel + kTile<T> - 1) / kTile<T>;",
         "return numel / kTile<T>;",
-        gpu("test_layouts.py -k 'sizes_and_offsets and cuda'"),
+        plain("test_host_kernels.py -k bulk_tail"),
     ),
     Mutation(
         "cuda-default-stream",
@@ -510,6 +510,14 @@ MUTATIONS = [
         plain("test_api.py -k kernel_or_torch"),
     ),
     Mutation(
+        "nested-forgotten",
+        "a nested tensor, which looks plain, meets a kernel",
+        "fused_act/activation.py",
+        "x.layout is not torch.strided or x.is_nested or x.is_neg()",
+        "x.layout is not torch.strided or x.is_neg()",
+        plain("test_api.py -k kernel_or_torch"),
+    ),
+    Mutation(
         "transforms-forgotten",
         "vmap and jvp meet a kernel",
         "fused_act/activation.py",
@@ -579,7 +587,7 @@ MUTATIONS = [
         "fused_act/activation.py",
         "    kernels, parameters = ctx.kernels, ctx.parameters\n    if grad",
         "    kernels, parameters = kernels_for(activation, saved), ctx.parameters\n    if grad",
-        interpreted("test_kernels.py -k forward_mode"),
+        interpreted("test_kernels.py -k backward_stays"),
     ),
     Mutation(
         "second-derivative-cut",
@@ -674,6 +682,14 @@ MUTATIONS = [
         interpreted("test_kernels.py -k raw_backward_checks"),
     ),
     Mutation(
+        "empty-expanded-refused",
+        "an empty tensor that is expanded passes for one with gaps",
+        "fused_act/ops.py",
+        "    if 0 in shape:\n        return True\n",
+        "",
+        interpreted("test_layouts.py -k empty_expanded"),
+    ),
+    Mutation(
         "gaps-taken-for-dense",
         "the stride of a tensor with gaps passes for a dense one's",
         "fused_act/ops.py",
@@ -748,6 +764,30 @@ MUTATIONS = [
         plain("test_broken_installs.py -k 'old_torch or other_abi'"),
     ),
     # fused_act/backends/cuda.py
+    Mutation(
+        "truncated-extension-loaded",
+        "a truncated extension is given to the loader, which kills the process",
+        "fused_act/backends/cuda.py",
+        "    if is_truncated(path):\n",
+        "    if False:\n",
+        plain("test_broken_installs.py -k truncated"),
+    ),
+    Mutation(
+        "triton-taken-unstarted",
+        "without a compiler Triton is taken, and the first launch fails",
+        "fused_act/backends/triton.py",
+        "        start()\n",
+        "        pass\n",
+        plain("test_broken_installs.py -k no_compiler"),
+    ),
+    Mutation(
+        "beta-unbounded",
+        "a beta whose product with log2(e) overflows makes NaN of 0",
+        "fused_act/activations/swish.py",
+        "LARGEST_BETA = 2.3e38",
+        "LARGEST_BETA = 3.4e38",
+        plain("test_api.py -k test_beta_must_be"),
+    ),
     Mutation(
         "torch-checked-after-load",
         "an extension for a newer torch is loaded before it is refused",

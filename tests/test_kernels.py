@@ -258,6 +258,17 @@ def test_forward_mode_through_backward(case, backend):
 
 @all_cases
 @all_backends
+def test_backward_stays_with_the_backend_of_forward(case, backend):
+    x = torch.linspace(-7, 9, 37, device=DEVICE, requires_grad=True)
+    y = case.function(x)
+    with fused_act.use_backend("torch"), torch.profiler.profile() as profile:
+        torch.autograd.grad(y, x, torch.ones_like(y))
+    names = [event.name for event in profile.events()]
+    assert f"fused_act_{backend}::{case.name}_backward" in names
+
+
+@all_cases
+@all_backends
 def test_backward_twice(case, backend):
     x = torch.randn(50, device=DEVICE, requires_grad=True)
     y = case.function(x).sum()
