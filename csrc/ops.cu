@@ -92,6 +92,16 @@ bool overlap_partially(const Tensor& a, const Tensor& b) {
   return distance != 0 && std::abs(distance) < b.numel() * static_cast<int64_t>(b.element_size());
 }
 
+// copy_ refuses an expanded `out` too, but through the stable ABI its message is lost.
+void check_not_expanded(const Tensor& out) {
+  for (int64_t i = 0; i < out.dim(); i++) {
+    STD_TORCH_CHECK(out.numel() == 0 || out.size(i) < 2 || out.stride(i) != 0,
+                    "unsupported operation: more than one element of the written-to tensor refers "
+                    "to a single memory location. Please clone() the tensor before performing the "
+                    "operation.");
+  }
+}
+
 // A mask for x, whose elements lie in memory as `stride`, of a dense tensor, says.
 void check_mask(const Tensor& x, const Tensor& mask, const std::vector<int64_t>& stride) {
   STD_TORCH_CHECK(x.is_cuda() && mask.is_cuda() &&
@@ -170,6 +180,7 @@ struct Ops {
 
   template <bool kMasked>
   static void run_out(const Tensor& x, Tensor& out, uint8_t* mask, Parameters... parameters) {
+    check_not_expanded(out);
     // empty_like keeps the strides of a dense tensor and of no other.
     Tensor y = out.is_contiguous() ? out : torch::stable::empty_like(out);
     const bool dense = equal(y.strides(), out.strides());

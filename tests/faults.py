@@ -13,7 +13,6 @@ from pathlib import Path
 
 import numpy
 import torch
-from tabulate import tabulate
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
@@ -202,7 +201,9 @@ CALLS = [
 
 
 def table() -> str:
-    """The README's table."""
+    """The README's table of unusual input and wrong calls."""
+    from tabulate import tabulate
+
     own, computed = "torch's own result or error", "computed, in torch's strides"
     rows = [
         (each.what, own, str(each.forced)) if each.forced else (each.what, computed, computed)
@@ -214,6 +215,8 @@ def table() -> str:
 
 def installs() -> str:
     """The README's table of broken installs, out of the cases of test_broken_installs.py."""
+    from tabulate import tabulate
+
     rows = []
     for case in test_broken_installs.CASES:
         reasons = {"cuda": case.cuda, "triton": case.triton}

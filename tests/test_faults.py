@@ -91,6 +91,7 @@ def test_wrong_calls_of_a_forced_backend(case, backend, wrong):
 
 @pytest.mark.parametrize("name", faults.TABLES)
 def test_readme_shows_the_table(name):
+    pytest.importorskip("tabulate")
     text = faults.README.read_text()
     start, end = faults.between(name, text)
     assert text[start:end] == faults.TABLES[name]() + "\n"
