@@ -1,5 +1,6 @@
 """What only a GPU can show: streams, graph capture, memory, devices, more than 2^31 elements."""
 
+import concurrent.futures
 import gc
 import subprocess
 import sys
@@ -63,6 +64,21 @@ def test_four_streams_at_once(case, backend):
                     count += (ours != theirs).any()
     torch.cuda.synchronize()
     assert [int(count) for count in wrong] == [0, 0, 0, 0]
+
+
+@all_cases
+@all_backends
+def test_threads_equal_serial(case, backend):
+    inputs = [random(4099 + i, device="cuda", dtype=torch.bfloat16) for i in range(64)]
+    weights = [torch.randn_like(x) for x in inputs]
+    torch.cuda.synchronize()
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        parallel = list(
+            pool.map(lambda x, weight: forward_backward(case, x, weight), inputs, weights)
+        )
+    for found, x, weight in zip(parallel, inputs, weights):
+        for ours, theirs in zip(found, forward_backward(case, x, weight)):
+            assert torch.equal(ours, theirs)
 
 
 @all_cases
