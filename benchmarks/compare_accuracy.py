@@ -37,12 +37,6 @@ ROOT = (-1.7, -0.8)  # the derivatives of mish and of swish have their zeros in 
 TAIL = -87.0  # below, e^x is less than the normal numbers of fp32 and bf16
 
 
-def all_finite(dtype: torch.dtype) -> Tensor:
-    """Every finite value of a 16-bit dtype: 63,488 of fp16, 65,280 of bf16."""
-    values = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
-    return values[values.isfinite()]
-
-
 def stratified_fp32(mantissas: int) -> Tensor:
     """`mantissas` values of every binade and sign: a power of 2, then one from each equal step."""
     step = 2**23 // mantissas
@@ -175,7 +169,7 @@ def main() -> None:
     rows = []
     for dtype in arguments.dtypes:
         low = DTYPES[dtype].itemsize == 2
-        x = all_finite(DTYPES[dtype]) if low else stratified_fp32(arguments.mantissas)
+        x = oracle.all_finite(DTYPES[dtype]) if low else stratified_fp32(arguments.mantissas)
         for activation in ACTIVATIONS:
             print(f"{activation.name} {dtype}", file=sys.stderr)
             rows += measure(compared, activation, dtype, x)

@@ -1,4 +1,4 @@
-"""The true values: each activation and its derivative in float64, and the error of a result.
+"""The true values: each activation and its derivative in float64; inputs; the error of a result.
 
 The formulas are those of the files in fused_act/activations, arranged so that nothing overflows and
 nothing cancels but at the zero of a derivative; float64 has 29 bits more than what is judged by it.
@@ -59,3 +59,14 @@ def ulp_error(result: Tensor, exact: Tensor, dtype: torch.dtype) -> Tensor:
     _, exponent = torch.frexp(exact.abs().clamp(min=info.tiny))
     unit = torch.ldexp(torch.full_like(exact, info.eps), exponent - 1)
     return (result.double() - exact).abs() / unit
+
+
+def all_values(dtype: torch.dtype) -> Tensor:
+    """Every value of a 16-bit dtype, all 65,536 of them, NaNs included."""
+    return torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype)
+
+
+def all_finite(dtype: torch.dtype) -> Tensor:
+    """Every finite value of a 16-bit dtype: 63,488 of fp16, 65,280 of bf16."""
+    values = all_values(dtype)
+    return values[values.isfinite()]

@@ -5,7 +5,7 @@ import torch
 
 import fused_act
 from benchmarks import environment
-from tests import accuracy, host
+from tests import accuracy, host_kernels
 
 
 def pytest_collection_modifyitems(items):
@@ -47,14 +47,14 @@ def forced(request, automatic_backend):
 
 @pytest.fixture(scope="session")
 def host_libraries(tmp_path_factory):
-    if host.COMPILER is None:
+    if host_kernels.COMPILER is None:
         pytest.skip("needs a C++ compiler")
-    return host.build(tmp_path_factory.mktemp("host_kernels"))
+    return host_kernels.build(tmp_path_factory.mktemp("host_kernels"))
 
 
 @pytest.fixture
 def host_of(host_libraries):
     """Makes the `Host` of a case; resets the errors that a test has set."""
-    yield lambda case: host.Host(host_libraries[case.name], case)
+    yield lambda case: host_kernels.Host(host_libraries[case.name], case)
     for library in host_libraries.values():
         library.set_errors(0, 0)

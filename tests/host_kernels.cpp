@@ -1,7 +1,7 @@
 // Runs the CUDA kernels' loops and functors on the host, block by block and thread by thread.
 //
 // Compiled once per activation, with -DACTIVATION=Swish -DPARAMETER_COUNT=1: see
-// host.py, which reads both out of csrc/ops.cu.
+// host_kernels.py, which reads both out of csrc/ops.cu.
 #include <type_traits>
 #include <utility>
 

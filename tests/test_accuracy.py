@@ -8,9 +8,10 @@ import functools
 import pytest
 import torch
 
+from benchmarks import oracle
 from tests import accuracy
 from tests.cases import ACCURACY_CASES, all_accuracy_cases, all_cases, all_dtypes
-from tests.host import COMPILER
+from tests.host_kernels import COMPILER
 
 KINDS = ("forward", "derivative")
 
@@ -38,7 +39,7 @@ def gradient(function, x):
 @all_dtypes
 def test_the_fallback_is_torchs_own(case, dtype):
     """So it is as accurate as torch, and exempt from the gates: every bit is the same."""
-    x = accuracy.stratified_fp32(256) if dtype is torch.float32 else accuracy.all_values(dtype)
+    x = accuracy.stratified_fp32(256) if dtype is torch.float32 else oracle.all_values(dtype)
     for ours, theirs in zip(gradient(case.function, x), gradient(case.torch_function, x)):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=0, equal_nan=True)
 
@@ -100,7 +101,7 @@ def test_functors(case, dtype, host_of):
 @pytest.mark.parametrize("errors", [(2, 1), (-2, 1), (2, -1), (-2, -1)], ids=str)
 def test_functors_with_the_errors_of_the_hardware(case, dtype, errors, host_of):
     host = host_of(case)
-    host.set_errors(*errors)
+    host.library.set_errors(*errors)  # added to every 2^x and 1 / x
     for kind, result in host.pair(accuracy.inputs(dtype)).items():
         tolerance = accuracy.PERTURBED[kind]
         check(case, kind, result, tolerance, "CUDA functors, perturbed")

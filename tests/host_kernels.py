@@ -56,10 +56,6 @@ class Host:
         self.library, self.masked = library, case.activation.saves_mask
         self.parameters = (ctypes.c_double * max(1, len(case.parameters)))(*case.parameters)
 
-    def set_errors(self, exp2_ulps: int, reciprocal_ulps: int) -> None:
-        """Add so many ULPs to every 2^x and 1 / x."""
-        self.library.set_errors(exp2_ulps, reciprocal_ulps)
-
     def tile(self, dtype: torch.dtype) -> int:
         return self.library.tile(DTYPES.index(dtype))
 
