@@ -303,6 +303,8 @@ def test_what_autograd_wraps_changes_nothing(case, backend, inplace, around):
     weight = torch.randn_like(y)
     y.backward(weight)
     assert torch.equal(leaf.grad, torch.autograd.grad(expected, leaf, weight)[0])
+    (theirs,) = torch.autograd.grad(case.torch_function(leaf * 2), leaf, weight)
+    torch.testing.assert_close(leaf.grad, theirs, rtol=1e-4, atol=1e-5)
 
 
 def with_context(context, function, x):
