@@ -15,20 +15,26 @@ from torch import Tensor
 from fused_act.activation import Activation, activate
 
 
+def exponential(x: Tensor, beta: float) -> tuple[Tensor, Tensor, Tensor]:
+    """w = z / 2 clamped to where f' rounds to 1, h = exp(w), and q = h / (1 + h^2).
+
+    Then sigmoid(z) = q * h, and a product with one after the other keeps the tail.
+    """
+    # Only a beta beyond 2 makes -inf of a finite x, and the derivative NaN of that.
+    minimum = -120.0 if abs(beta) > 2.0 else None
+    w = torch.clamp(x * (0.5 * beta), min=minimum, max=11.0)
+    h = torch.exp(w)
+    return w, h, h / (1.0 + h * h)
+
+
 def forward(x: Tensor, beta: float) -> Tensor:
-    # exp(-|z|) never overflows; where z < 0, exp(z / 2) multiplied in twice keeps the tail.
-    z = x * beta
-    h = torch.exp(-0.5 * z.abs())
-    r = 1.0 / (1.0 + h * h)
-    return torch.where(z < 0, x * h * h * r, x * r)
+    _, h, q = exponential(x, beta)
+    return x * q * h
 
 
 def derivative(x: Tensor, beta: float) -> Tensor:
-    z = torch.clamp(x * beta, min=-240.0, max=240.0)
-    h = torch.exp(-0.5 * z.abs())
-    e = h * h
-    r = 1.0 / (1.0 + e)
-    return torch.where(z < 0, r * (z * r + 1.0) * h * h, r * (z * (e * r) + 1.0))
+    w, h, q = exponential(x, beta)
+    return q * (w * (2.0 * q) + h)
 
 
 def torch_forward(x: Tensor, beta: float, inplace: bool = False) -> Tensor:
@@ -55,8 +61,8 @@ SWISH = Activation(
     forward=forward,
     derivative=derivative,
     parameters=("beta",),
-    # Inductor does torch's own SiLU as well as it can be done.
-    fuses=lambda beta: beta != 1.0,
+    # Inductor does torch's own SiLU as well as it can be done. Beyond 1e30, x * q underflows.
+    fuses=lambda beta: beta != 1.0 and abs(beta) <= 1e30,
 )
 
 
