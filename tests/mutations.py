@@ -625,8 +625,8 @@ MUTATIONS = [
         "stride-of-gapped-output",
         "in place with gaps: backward takes the stride of y for that of the mask",
         "fused_act/activation.py",
-        'ctx.stride = torch.empty_like(y, device="meta").stride()',
-        "ctx.stride = y.stride()",
+        "dense = x if x.is_contiguous() else ",
+        "dense = x if True else ",
         interpreted("test_kernels.py -k 'test_inplace and relu6'"),
     ),
     Mutation(
@@ -636,6 +636,38 @@ MUTATIONS = [
         "return bits.flatten().bool().as_strided(shape, stride)",
         "return bits.flatten().bool()[: shape.numel()].view(shape)",
         interpreted("test_kernels.py -k second_derivative"),
+    ),
+    Mutation(
+        "export-shows-the-formula",
+        "ONNX gets the formula, not one node",
+        "fused_act/activation.py",
+        "        if torch.compiler._is_exporting_flag:\n            return activation.eager\n",
+        "",
+        plain("test_fallback.py -k export"),
+    ),
+    Mutation(
+        "forced-torch-fuses",
+        "use_backend('torch') compiles to the formula, not to torch's op",
+        "fused_act/activation.py",
+        "        if forced is not None:\n            forced.check",
+        "        if forced is not None and forced.name != 'torch':\n            forced.check",
+        plain("test_compile.py -k forcing_torch"),
+    ),
+    Mutation(
+        "subclass-fuses",
+        "a subclass gets the formula under torch.compile",
+        "fused_act/activation.py",
+        "activation.fuses(*parameters) and type(x) in PLAIN and",
+        "activation.fuses(*parameters) and",
+        plain("test_compile.py -k subclass"),
+    ),
+    Mutation(
+        "dead-wrapper-recorded",
+        "a tensor that has outlived its transform gets no gradient",
+        "fused_act/activation.py",
+        "        x = torch._C._functorch.unwrap_if_dead(x)  # as torch's own apply does\n",
+        "        pass\n",
+        interpreted("test_kernels.py -k outlived"),
     ),
     # fused_act/ops.py
     Mutation(
@@ -796,31 +828,6 @@ MUTATIONS = [
         "    load()\n    # Before it is loaded",
         plain("test_broken_installs.py -k old_torch"),
     ),
-    # fused_act/backends/eager.py
-    Mutation(
-        "export-shows-the-formula",
-        "ONNX gets the formula, not one node",
-        "fused_act/backends/eager.py",
-        "        and not backends.is_exporting()\n",
-        "",
-        plain("test_fallback.py -k export"),
-    ),
-    Mutation(
-        "forced-torch-fuses",
-        "use_backend('torch') compiles to the formula, not to torch's op",
-        "fused_act/backends/eager.py",
-        "        and backends.forced is None\n",
-        "",
-        plain("test_compile.py -k forcing_torch"),
-    ),
-    Mutation(
-        "subclass-fuses",
-        "a subclass gets the formula under torch.compile",
-        "fused_act/backends/eager.py",
-        "        and type(x) in (Tensor, torch.nn.Parameter)\n",
-        "",
-        plain("test_compile.py -k subclass"),
-    ),
     # fused_act/activations/
     Mutation(
         "formula-mish-tail",
@@ -828,6 +835,14 @@ MUTATIONS = [
         "fused_act/activations/mish.py",
         "torch.where(tail, x * e * e, ",
         "torch.where(tail, x * e, ",
+        plain("test_accuracy.py -k test_formula"),
+    ),
+    Mutation(
+        "formula-swish-overflow",
+        "x * beta / 2 = -inf makes the formula's derivative NaN",
+        "fused_act/activations/swish.py",
+        "minimum = -120.0 if abs(beta) > 2.0 else None",
+        "minimum = None",
         plain("test_accuracy.py -k test_formula"),
     ),
     Mutation(

@@ -181,7 +181,7 @@ class CudaTensor(types.SimpleNamespace):
 def test_kernel_or_torch(monkeypatch, unusual, takes_kernel):
     """The one rule, of which a machine without a GPU sees no more than "not CUDA: torch"."""
     best = types.SimpleNamespace(kernels={"mish": "the kernel"})
-    monkeypatch.setattr(activation, "Tensor", CudaTensor)
+    monkeypatch.setattr(activation, "PLAIN", (CudaTensor,))
     monkeypatch.setattr(fused_act.backends, "automatic", lambda: best)
     expected = "the kernel" if takes_kernel else MISH.eager
     x = CudaTensor(**unusual)

@@ -371,6 +371,22 @@ def test_transforms_go_to_torch(case, backend):
         assert torch.equal(transform(case.function), transform(case.torch_function))
 
 
+@all_cases
+@all_backends
+def test_a_tensor_that_has_outlived_its_transform(case, backend):
+    escaped = []
+    weight = torch.linspace(-3, 9, 7, device=DEVICE, requires_grad=True)
+
+    def leak(x):
+        escaped.append(x * weight)
+        return escaped[0].sum()
+
+    torch.func.grad(leak)(torch.ones(7, device=DEVICE))
+    (grad,) = torch.autograd.grad(case.function(escaped[0]).sum(), weight)
+    expected = torch.autograd.grad(case.torch_function(weight).sum(), weight)[0]
+    torch.testing.assert_close(grad, expected, rtol=1e-5, atol=1e-6)
+
+
 @all_backends
 def test_module_trains(backend):
     model = nn.Sequential(

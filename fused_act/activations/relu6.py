@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.jit import is_scripting
 
 from fused_act.activation import Activation, activate
 
@@ -46,7 +47,7 @@ def relu6(x: Tensor, inplace: bool = False) -> Tensor:
             `inplace` on a leaf that requires grad.
         TypeError, ValueError: a backend forced by `use_backend` does not take `x`.
     """
-    if torch.jit.is_scripting():
+    if is_scripting():
         return F.relu6(x, inplace)
     return activate(RELU6, x, inplace)
 

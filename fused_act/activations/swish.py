@@ -11,6 +11,7 @@ import numbers
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.jit import is_scripting
 
 from fused_act.activation import Activation, activate
 
@@ -102,7 +103,7 @@ def swish(x: Tensor, beta: float = 1.0, inplace: bool = False) -> Tensor:
         RuntimeError: as `torch.nn.functional.silu`, for dtypes that it does not support and for
             `inplace` on a leaf that requires grad.
     """
-    if torch.jit.is_scripting():
+    if is_scripting():
         gate = torch.sigmoid(beta * x)
         return x.mul_(gate) if inplace else x * gate
     return activate(SWISH, x, inplace, checked(beta))
@@ -110,7 +111,7 @@ def swish(x: Tensor, beta: float = 1.0, inplace: bool = False) -> Tensor:
 
 def silu(x: Tensor, inplace: bool = False) -> Tensor:
     """SiLU, y = x * sigmoid(x): `swish` with beta = 1. See there (arXiv:1702.03118)."""
-    if torch.jit.is_scripting():
+    if is_scripting():
         return F.silu(x, inplace)
     return activate(SWISH, x, inplace, 1.0)
 

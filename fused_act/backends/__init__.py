@@ -82,11 +82,6 @@ class Backend:
             raise TypeError(f"{op}: the {self.name!r} backend takes strided tensors; x is {layout}")
 
 
-def is_exporting() -> bool:
-    """`torch.compiler.is_exporting()`, which Dynamo before torch 2.12 always takes to be true."""
-    return torch.compiler._is_exporting_flag
-
-
 def older(version: str, minimum: tuple[int, int]) -> bool:
     """Whether `version` comes before `minimum`; one that does not start with two numbers does not.
 

@@ -1,6 +1,6 @@
-"""The `torch` backend: torch's own op, or under `torch.compile` the formula that Inductor fuses.
+"""The `torch` backend: torch's own op, and the formula that `torch.compile` fuses instead of it.
 
-It is the reference and the fallback: in eager mode results and gradients are torch's, bit for bit.
+torch's own op is the reference and the fallback: results and gradients are torch's, bit for bit.
 """
 
 from __future__ import annotations
@@ -8,23 +8,35 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fused_act import backends
-from fused_act.backends import DTYPES, Backend, Kernels
+from fused_act.backends import Backend, Kernels
 
 
-def fuses(activation, x: Tensor, *parameters: float) -> bool:
-    """Whether to emit the activation's formula, for Inductor to fuse, instead of torch's op.
+def kernels(activation) -> Kernels:
+    """`activation` computed by torch's own op; `x` is what its backward needs."""
 
-    Export keeps torch's op, so that ONNX shows one node, and so does `use_backend("torch")`.
-    """
-    return (
-        torch.compiler.is_compiling()
-        and not backends.is_exporting()
-        and backends.forced is None
-        and type(x) in (Tensor, torch.nn.Parameter)
-        and x.dtype in DTYPES
-        and activation.fuses(*parameters)
-    )
+    def forward(x, *parameters):
+        return activation.torch_forward(x, *parameters, inplace=False)
+
+    def forward_out(x, *parameters, out):
+        out.copy_(forward(x, *parameters))
+
+    def backward(grad_output, x, *parameters):
+        return activation.torch_backward(grad_output, x, *parameters)
+
+    return Kernels(forward, forward_out, None, None, backward)
+
+
+def formula(activation) -> Kernels:
+    """`activation` out of place by its formula, in fp32, for Inductor to fuse."""
+
+    def forward(x, *parameters):
+        return convert(activation.forward(convert(x, torch.float32), *parameters), x.dtype)
+
+    def backward(grad_output, x, *parameters):
+        derivative = activation.derivative(convert(x, torch.float32), *parameters)
+        return convert(convert(grad_output, torch.float32) * derivative, x.dtype)
+
+    return kernels(activation)._replace(forward=forward, backward=backward)
 
 
 def convert(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -33,27 +45,6 @@ def convert(x: Tensor, dtype: torch.dtype) -> Tensor:
     Before torch 2.12, Dynamo loses the gradient of a Function whose forward has such a no-op.
     """
     return x if x.dtype is dtype else x.to(dtype)
-
-
-def kernels(activation) -> Kernels:
-    """`activation` computed by torch; `x` is what its backward needs."""
-
-    def forward(x, *parameters):
-        if fuses(activation, x, *parameters):
-            y = activation.forward(convert(x, torch.float32), *parameters)
-            return convert(y, x.dtype)
-        return activation.torch_forward(x, *parameters, inplace=False)
-
-    def forward_out(x, *parameters, out):
-        out.copy_(forward(x, *parameters))
-
-    def backward(grad_output, x, *parameters):
-        if fuses(activation, x, *parameters):
-            derivative = activation.derivative(convert(x, torch.float32), *parameters)
-            return convert(convert(grad_output, torch.float32) * derivative, x.dtype)
-        return activation.torch_backward(grad_output, x, *parameters)
-
-    return Kernels(forward, forward_out, None, None, backward)
 
 
 def load() -> dict[str, Kernels]:
