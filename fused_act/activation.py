@@ -14,9 +14,7 @@ import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
 from fused_act import backends
-from fused_act.backends import DTYPES, Kernels, eager
-
-PLAIN = (Tensor, torch.nn.Parameter)
+from fused_act.backends import DTYPES, PLAIN, Kernels, eager
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -114,36 +112,39 @@ def activate(activation: Activation, x: Tensor, inplace: bool, *parameters: floa
         x = torch._C._functorch.unwrap_if_dead(x)  # as torch's own apply does
     if not inplace:
         if needs_grad:
-            return activation.Function.apply_kernels(kernels, x, *parameters)
-        return call(kernels.forward, x, *parameters)
+            return first(activation.Function.apply_kernels(x, *parameters, kernels))
+        with torch._C._AutoDispatchBelowAutograd():
+            return kernels.forward(x, *parameters)
     # Which leaf or view may be written torch knows, and it raises before it writes; likewise an
     # inference tensor outside inference mode.
     forbidden = x.is_inference() and not torch.is_inference_mode_enabled()
     if forbidden or (needs_grad and (x.is_leaf or x._is_view())):
         return activation.torch_forward(x, *parameters, inplace=True)
     if not needs_grad:
-        call(kernels.forward_out, x, *parameters, out=x)
+        with torch._C._AutoDispatchBelowAutograd():
+            kernels.forward_out(x, *parameters, out=x)
         return x
     source = x if activation.saves_mask else x.clone()
-    return activation.InplaceFunction.apply_kernels(kernels, source, x, *parameters)
+    return first(activation.InplaceFunction.apply_kernels(source, x, *parameters, kernels))
 
 
 class KernelFunction(torch.autograd.Function):
-    """A Function that may be given the kernels, and whose further outputs are for its own use."""
+    """A Function that may be given the kernels last, and whose outputs but the first are its own.
+
+    `apply_kernels` is `apply` without what torch adds for functorch, which `kernels_for` has ruled
+    out: 1.3 of 4.4 us.
+    """
+
+    def __init_subclass__(cls):
+        cls.apply_kernels = super(torch.autograd.Function, cls).apply
 
     @classmethod
     def apply(cls, *args):
-        outputs = super().apply(*args)
-        return outputs[0] if isinstance(outputs, tuple) else outputs
+        return first(super().apply(*args))
 
-    @classmethod
-    def apply_kernels(cls, kernels: Kernels, *args):
-        """`apply` without what torch adds for functorch, which `kernels_for` has ruled out.
 
-        That takes 1.3 of 4.4 us.
-        """
-        outputs = super(torch.autograd.Function, cls).apply(*args, kernels)
-        return outputs[0] if isinstance(outputs, tuple) else outputs
+def first(outputs: Tensor | tuple[Tensor, ...]) -> Tensor:
+    return outputs[0] if isinstance(outputs, tuple) else outputs
 
 
 def make_function(activation: Activation) -> type[KernelFunction]:

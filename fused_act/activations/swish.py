@@ -73,7 +73,8 @@ LARGEST_BETA = 2.3e38
 
 def checked(beta: float) -> float:
     """`beta` as a float, or a clear error."""
-    if not isinstance(beta, numbers.Real) or isinstance(beta, bool):
+    # The first test is what a call costs; numbers.Real takes 0.3 us.
+    if type(beta) is not float and (not isinstance(beta, numbers.Real) or isinstance(beta, bool)):
         raise TypeError(f"swish: expected beta to be a float, got {type(beta).__name__}")
     if not -LARGEST_BETA <= beta <= LARGEST_BETA:
         raise ValueError(

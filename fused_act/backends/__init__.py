@@ -17,6 +17,7 @@ from torch import Tensor
 LOADING = threading.Lock()
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+PLAIN = (Tensor, torch.nn.Parameter)  # the types that kernels take; a subclass is torch's
 
 
 class Kernels(NamedTuple):
@@ -63,7 +64,7 @@ class Backend:
             return
         if not isinstance(x, Tensor):
             raise TypeError(f"{op}: expected x to be a Tensor, got {type(x).__name__}")
-        if not torch.compiler.is_compiling() and type(x) not in (Tensor, torch.nn.Parameter):
+        if type(x) not in PLAIN and not torch.compiler.is_compiling():
             raise TypeError(
                 f"{op}: the {self.name!r} backend takes plain tensors, got {type(x).__name__}; "
                 "use_backend('auto') leaves tensor subclasses to torch"

@@ -1,0 +1,158 @@
+"""What a call costs on the host beside torch's own, in microseconds, for 16 elements on a CPU.
+
+    python -m benchmarks.compare_overhead [--rounds 31]
+
+- fallback: functions and modules where no kernel runs, beside `torch.nn.functional` and `torch.nn`.
+- kernels: all of a call but the kernel. A stub, forced, stands in for a backend: its kernels
+  allocate what real ones return and compute nothing. Beside it stand such a kernel alone and, where
+  x requires grad, the shortest `torch.autograd.Function` that calls it, saves as much and returns
+  as much: that is autograd's own price.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import fused_act
+from benchmarks import environment, timing
+from fused_act import backends
+from fused_act.activation import Activation
+from fused_act.activations import ACTIVATIONS
+from fused_act.backends import Backend, Kernels
+
+NUMEL = 16
+SECONDS = 0.002  # of one turn
+
+FALLBACK = (
+    ("mish", fused_act.mish, "F.mish", F.mish),
+    ("silu", fused_act.silu, "F.silu", F.silu),
+    ("relu6", fused_act.relu6, "F.relu6", F.relu6),
+    ("Mish()", fused_act.Mish(), "nn.Mish()", nn.Mish()),
+    ("SiLU()", fused_act.SiLU(), "nn.SiLU()", nn.SiLU()),
+    ("ReLU6()", fused_act.ReLU6(), "nn.ReLU6()", nn.ReLU6()),
+)
+
+
+def stub_kernels(activation: Activation) -> Kernels:
+    def forward(x, *parameters):
+        return torch.empty_like(x)
+
+    def forward_with_mask(x, *parameters):
+        return torch.empty_like(x), torch.empty(NUMEL // 8, dtype=torch.uint8)
+
+    with_mask = forward_with_mask if activation.saves_mask else None
+    return activation.eager._replace(forward=forward, forward_with_mask=with_mask)
+
+
+@contextlib.contextmanager
+def forced_stub() -> Iterator[dict[str, Kernels]]:
+    """Force the stub for as long as this is entered; gives its kernels."""
+    kernels = {activation.name: stub_kernels(activation) for activation in ACTIVATIONS}
+    previous = backends.forced
+    backends.forced = Backend("stub", lambda: None, lambda: kernels, ("cpu",)).ready()
+    try:
+        yield kernels
+    finally:
+        backends.forced = previous
+
+
+def shortest_function(kernels: Kernels) -> Callable[[Tensor], object]:
+    """The `apply` of a Function that does for autograd what ours must, and nothing else."""
+
+    def forward(ctx, x):
+        if kernels.forward_with_mask is None:
+            ctx.save_for_backward(x)
+            return kernels.forward(x)
+        y, mask = kernels.forward_with_mask(x)
+        anchor = y.new_empty(0)
+        ctx.save_for_backward(mask, anchor)
+        return y, anchor
+
+    methods = {"forward": staticmethod(forward)}
+    return type("Shortest", (torch.autograd.Function,), methods).apply
+
+
+def row(path: str, call: str, grad: bool, ours: float, reference: str, theirs: float) -> dict:
+    return {
+        "path": path,
+        "call": call,
+        "requires_grad": grad,
+        "us": 1e6 * ours,
+        "reference": reference,
+        "reference_us": 1e6 * theirs,
+        "added_us": 1e6 * (ours - theirs),
+    }
+
+
+def fallback_rows(rounds: int) -> Iterator[dict]:
+    for call, ours, reference, theirs in FALLBACK:
+        for grad in (False, True):
+            x = torch.randn(NUMEL, requires_grad=grad)
+            calls = {call: partial(ours, x), reference: partial(theirs, x)}
+            times = timing.interleaved(calls, rounds, SECONDS)
+            yield row("fallback", call, grad, times[call], reference, times[reference])
+
+
+def kernel_rows(rounds: int) -> Iterator[dict]:
+    with forced_stub() as kernels:
+        for activation in ACTIVATIONS:
+            ours, stub = getattr(fused_act, activation.name), kernels[activation.name]
+            inference, training = torch.randn(NUMEL), torch.randn(NUMEL, requires_grad=True)
+            calls = {
+                "inference": partial(ours, inference),
+                "kernel": partial(stub.forward, inference),
+                "training": partial(ours, training),
+                "training kernel": partial(stub.forward_with_mask or stub.forward, inference),
+                "Function": partial(shortest_function(stub), training),
+            }
+            times = timing.interleaved(calls, rounds, SECONDS)
+            for call, grad, reference, theirs in (
+                ("inference", False, "the kernel alone", "kernel"),
+                ("training", True, "the kernel alone", "training kernel"),
+                ("training", True, "the shortest Function", "Function"),
+            ):
+                yield row("kernels", activation.name, grad, times[call], reference, times[theirs])
+
+
+def print_results(rows: list[dict]) -> None:
+    header = ("", "x requires grad", "us", "beside", "us", "added")
+    for path in ("fallback", "kernels"):
+        lines = [
+            (
+                found["call"],
+                "yes" if found["requires_grad"] else "no",
+                f"{found['us']:.2f}",
+                found["reference"],
+                f"{found['reference_us']:.2f}",
+                f"{found['added_us']:+.2f}",
+            )
+            for found in rows
+            if found["path"] == path
+        ]
+        print(f"\n{path}\n\n{environment.table(header, lines)}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    environment.add_results_argument(parser)
+    parser.add_argument(
+        "--rounds", type=int, default=31, metavar="N", help="turns of each call; default: 31"
+    )
+    arguments = parser.parse_args()
+    environment.print_environment()
+    rows = [*fallback_rows(arguments.rounds), *kernel_rows(arguments.rounds)]
+    environment.write_csv(arguments.results / "overhead.csv", rows)
+    print_results(rows)
+
+
+if __name__ == "__main__":
+    main()
