@@ -3,14 +3,19 @@
 How accurate it is: test_accuracy.py.
 """
 
+import re
 import shutil
 
 import pytest
 import torch
+import torch._functorch.config
+from torch._dynamo.utils import counters
+from torch._functorch.aot_autograd import aot_module_simplified, make_boxed_func
+from torch._inductor.utils import fresh_cache
 
 import fused_act
 from fused_act.activation import kernels_for
-from tests.cases import all_cases, all_dtypes
+from tests.cases import CASES, all_cases, all_dtypes
 
 pytestmark = pytest.mark.skipif(
     shutil.which("g++") is None and shutil.which("clang++") is None,
@@ -52,6 +57,68 @@ def test_one_graph_for_every_size(case, dtype, inplace):
             torch.testing.assert_close(a, b, rtol=2 * torch.finfo(dtype).eps, atol=1e-2)
 
 
+MODULES = [fused_act.Mish, fused_act.SiLU, fused_act.ReLU6, fused_act.Swish]
+
+
+@pytest.mark.parametrize("activation", MODULES, ids=lambda module: module.__name__)
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("dynamic", [None, False, True])
+def test_modules_recompile_once_at_most(activation, inplace, training, dynamic):
+    model = torch.nn.Sequential(torch.nn.Linear(5, 5), activation(inplace=inplace)).train(training)
+    compiled = torch.compile(model, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    counters.clear()
+    for size in (17, 33) if dynamic is False else (17, 33, 64, 65):
+        x = torch.randn(size, 5)
+        with torch.set_grad_enabled(training):
+            y, expected = compiled(x), model(x)
+        torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-6)
+        if training:
+            ours, theirs = (torch.autograd.grad(z.sum(), model[0].weight)[0] for z in (y, expected))
+            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+    assert counters["stats"]["unique_graphs"] == (1 if dynamic else 2)
+
+
+@all_cases
+@pytest.mark.parametrize("mode", ["reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"])
+def test_modes(case, mode):
+    x, weight = torch.randn(33, 65), torch.randn(33, 65)
+    compiled = torch.compile(lambda x: case.function(x * 2) + 1, fullgraph=True, mode=mode)
+    for _ in range(3):  # a CUDA graph is recorded in the second call and replayed in the third
+        ours = run(compiled, x, weight)
+    for a, b in zip(ours, run(lambda x: case.torch_function(x * 2) + 1, x, weight)):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("allow_functions", [False, True])
+def test_caches_on_disk(allow_functions):
+    """What one process compiled, another loads; and never for another activation or beta.
+
+    AOTAutograd's own cache takes a graph with an autograd Function only if it is told to.
+    """
+    x, weight = torch.linspace(-9, 9, 64), torch.randn(64)
+
+    def results():
+        found = []
+        for case in CASES:
+            torch._dynamo.reset()  # as a new process would come
+            found.append(run(torch.compile(case.function, fullgraph=True), x, weight))
+        return found
+
+    config = {"autograd_cache_allow_custom_autograd_functions": allow_functions}
+    with fresh_cache(), torch._functorch.config.patch(config):
+        first = results()
+        counters.clear()
+        second = results()
+    assert counters["inductor"]["fxgraph_cache_hit"] >= 2 * len(CASES)
+    hits = counters["aot_autograd"]["autograd_cache_hit"]
+    assert hits == (len(CASES) if allow_functions else 2)
+    for case, ours, again in zip(CASES, first, second):
+        for a, b, expected in zip(ours, again, run(case.torch_function, x, weight)):
+            assert torch.equal(a, b)
+            torch.testing.assert_close(a, expected, rtol=1e-5, atol=1e-5)
+
+
 @all_cases
 def test_chain_becomes_one_kernel_each_way(case):
     def chain(x, w, b, s):
@@ -66,6 +133,52 @@ def test_chain_becomes_one_kernel_each_way(case):
     for code in [*sources, *backward]:
         assert code.count("async_compile.cpp_pybinding(") == 1
         assert "double" not in code.split("async_compile.wait")[0].split("cpp_pybinding(")[1]
+
+
+@all_dtypes
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_python_scalars_bring_in_no_fp64(dtype, dynamic):
+    """It halves the speed (linkedin/Liger-Kernel#1350). A beta that varies is a scalar of it."""
+    dtypes = []
+
+    def compiler(graph_module, inputs):
+        for node in graph_module.graph.nodes:
+            value = node.meta.get("val")
+            if isinstance(value, torch.Tensor) and value.dim() > 0:
+                dtypes.append(value.dtype)
+        return make_boxed_func(graph_module.forward)
+
+    def backend(graph_module, inputs):
+        return aot_module_simplified(graph_module, inputs, fw_compiler=compiler)
+
+    @torch.compile(backend=backend, fullgraph=True, dynamic=dynamic)
+    def function(x, beta):
+        y = fused_act.mish(x * 0.7) + fused_act.silu(x) + fused_act.relu6(x + 0.3)
+        return y + fused_act.swish(x, beta) + fused_act.swish(x, -0.5)
+
+    x = torch.randn(9, dtype=dtype, requires_grad=True)
+    function(x, 1.3).sum().backward()
+    assert len(dtypes) > 20
+    assert set(dtypes) <= {dtype, torch.float32, torch.bool}
+
+
+@pytest.mark.parametrize(
+    ("call", "sentence"),
+    [
+        (
+            lambda x: fused_act.swish(x, float("nan")),
+            "swish: expected beta between -2.3e+38 and 2.3e+38, got nan",
+        ),
+        (lambda x: fused_act.swish(x, "1"), "swish: expected beta to be a float, got str"),
+    ],
+    ids=["nan", "str"],
+)
+def test_bad_input_fails_at_trace_time(call, sentence):
+    x = torch.randn(3)
+    with pytest.raises(torch._dynamo.exc.Unsupported, match=re.escape(sentence)):
+        torch.compile(call, fullgraph=True)(x)
+    with pytest.raises((TypeError, ValueError), match=f"^{re.escape(sentence)}$"):
+        torch.compile(call)(x)
 
 
 @all_cases

@@ -422,6 +422,10 @@ def test_module_trains(backend):
 def test_forced_backend_refuses(case, backend, x, error, match):
     with pytest.raises(error, match=match):
         case.function(x)
+    if isinstance(x, torch.Tensor) and x.layout is torch.strided:  # at trace time, too
+        compiled = torch.compile(lambda x: case.function(x), backend="eager", fullgraph=True)
+        with pytest.raises(torch._dynamo.exc.Unsupported, match=match):
+            compiled(x)
 
 
 @all_backends

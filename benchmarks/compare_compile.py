@@ -1,0 +1,170 @@
+"""How long compiled code takes with fused_act, beside the same code with torch's own op.
+
+    python -m benchmarks.compare_compile [--numel 2^18] [--dtypes fp32 bf16] [--network]
+
+- alone: f(x)
+- chain: f(x * w + b) * s, which becomes one kernel forward and one backward
+- network, with --network: a MobileNetV2 of three blocks on 32 images of 32 x 32 pixels
+
+forward runs without autograd. A ratio below 1 means that ours is faster; noise is that of torch's
+own code to itself. Medians of rounds in which all run in turn, on one thread where no GPU is. torch
+has no Swish with another beta than 1: there its definition, x * sigmoid(beta * x), is compiled.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import itertools
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import fused_act
+from benchmarks import environment, providers, timing
+from benchmarks.compare_speed import size
+from benchmarks.networks import digits_network
+from benchmarks.providers import DEVICE, DTYPES
+from fused_act.activations.swish import torch_forward as definition_of_swish
+
+FUNCTIONS = {
+    "mish": (fused_act.mish, F.mish),
+    "silu": (fused_act.silu, F.silu),
+    "swish 1.702": (partial(fused_act.swish, beta=1.702), partial(definition_of_swish, beta=1.702)),
+    "relu6": (fused_act.relu6, F.relu6),
+}
+MODULES = {
+    "mish": (fused_act.Mish, nn.Mish),
+    "silu": (fused_act.SiLU, nn.SiLU),
+    "relu6": (fused_act.ReLU6, nn.ReLU6),
+}
+IMAGES = (32, 1, 32, 32)
+DIRECTIONS = ("forward", "forward+backward")
+SECONDS = 0.01  # of one turn
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """The same code twice.
+
+    Args:
+        ours, torchs: `f(x) -> y` with fused_act, and with torch's own.
+        inputs: what the gradient is taken of, for each of them.
+    """
+
+    function: str
+    name: str
+    ours: Callable[[Tensor], Tensor]
+    torchs: Callable[[Tensor], Tensor]
+    x: Tensor
+    inputs: tuple[Sequence[Tensor], Sequence[Tensor]]
+
+
+def elementwise_cases(dtype: torch.dtype, numel: int) -> Iterator[Case]:
+    x, w, b, s = (torch.randn(numel, dtype=dtype, device=DEVICE) for _ in range(4))
+    x.requires_grad_()
+
+    def chain(f, x):
+        return f(x * w + b) * s
+
+    for function, (ours, torchs) in FUNCTIONS.items():
+        yield Case(function, "alone", ours, torchs, x, ([x], [x]))
+        yield Case(function, "chain", partial(chain, ours), partial(chain, torchs), x, ([x], [x]))
+
+
+def network_cases(dtype: torch.dtype) -> Iterator[Case]:
+    x = torch.randn(IMAGES, dtype=dtype, device=DEVICE)
+    for function, modules in MODULES.items():
+        ours, torchs = (digits_network(module).to(DEVICE, dtype) for module in modules)
+        parameters = list(ours.parameters()), list(torchs.parameters())
+        yield Case(function, "network", ours, torchs, x, parameters)
+
+
+def prepared(
+    function: Callable[[Tensor], Tensor], x: Tensor, inputs: Sequence[Tensor], direction: str
+) -> Callable[[], object]:
+    """One direction of the compiled `function`."""
+    compiled = torch.compile(function, fullgraph=True, dynamic=False)
+    if direction == "forward":
+        return torch.no_grad()(partial(compiled, x))
+    grad_output = torch.ones_like(function(x))
+    return lambda: torch.autograd.grad(compiled(x), inputs, grad_output)
+
+
+def measure(case: Case, direction: str, rounds: int) -> dict:
+    torch.compiler.reset()
+    torchs = prepared(case.torchs, case.x, case.inputs[1], direction)
+    calls = {
+        "ours": prepared(case.ours, case.x, case.inputs[0], direction),
+        "torch": torchs,
+        "torch again": torchs,
+    }
+    times = timing.interleaved(calls, rounds, SECONDS)
+    return {
+        "function": case.function,
+        "case": case.name,
+        "dtype": providers.dtype_name(case.x.dtype),
+        "direction": direction,
+        "numel": case.x.numel(),
+        "ours_ms": 1000 * times["ours"],
+        "torch_ms": 1000 * times["torch"],
+        "ratio": times["ours"] / times["torch"],
+        "noise": times["torch again"] / times["torch"],
+    }
+
+
+def print_results(rows: list[dict]) -> None:
+    header = ("", "ours, ms", "torch, ms", "ratio", "noise")
+    lines = [
+        (
+            " ".join(row[key] for key in ("function", "case", "dtype", "direction")),
+            f"{row['ours_ms']:.3f}",
+            f"{row['torch_ms']:.3f}",
+            f"{row['ratio']:.2f}",
+            f"{row['noise']:.2f}",
+        )
+        for row in rows
+    ]
+    print(f"\n{environment.table(header, lines)}")
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    environment.add_results_argument(parser)
+    parser.add_argument(
+        "--numel", type=size, default=2**18, metavar="N", help="elements of x; default: 2^18"
+    )
+    parser.add_argument(
+        "--dtypes", choices=DTYPES, nargs="+", default=["fp32", "bf16"], help="default: fp32 bf16"
+    )
+    parser.add_argument(
+        "--rounds", type=int, default=21, metavar="N", help="turns of each; default: 21"
+    )
+    parser.add_argument("--network", action="store_true", help="also a network; takes minutes")
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    environment.print_environment()
+    torch.manual_seed(0)
+    rows = []
+    for dtype in (DTYPES[name] for name in arguments.dtypes):
+        cases = elementwise_cases(dtype, arguments.numel)
+        if arguments.network:
+            cases = itertools.chain(cases, network_cases(dtype))
+        for case, direction in itertools.product(cases, DIRECTIONS):
+            print(case.function, case.name, dtype, direction, file=sys.stderr)
+            rows.append(measure(case, direction, arguments.rounds))
+    environment.write_csv(arguments.results / "compile.csv", rows)
+    print_results(rows)
+
+
+if __name__ == "__main__":
+    main()
