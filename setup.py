@@ -38,7 +38,10 @@ def missing():
     try:
         import torch
     except ImportError:
-        return "torch cannot be imported by the build; pass --no-build-isolation to pip"
+        return (
+            "torch cannot be imported by the build; pass --no-build-isolation to pip, or "
+            "--no-isolation to build"
+        )
     version = tuple(map(int, re.match(r"(\d+)\.(\d+)", torch.__version__).groups()))
     if version < MINIMUM_TORCH:
         return f"torch {torch.__version__} is older than 2.10"

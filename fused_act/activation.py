@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from typing import ClassVar
 
 import torch
 import torch.autograd.forward_ad as forward_ad
@@ -44,8 +45,8 @@ class Activation:
     saves_mask: bool = False
     eager: Kernels = dataclasses.field(init=False)
     formula: Kernels = dataclasses.field(init=False)
-    Function: type[torch.autograd.Function] = dataclasses.field(init=False)
-    InplaceFunction: type[torch.autograd.Function] = dataclasses.field(init=False)
+    Function: type[KernelFunction] = dataclasses.field(init=False)
+    InplaceFunction: type[KernelFunction] = dataclasses.field(init=False)
 
     def __post_init__(self):
         object.__setattr__(self, "eager", eager.kernels(self))
@@ -135,11 +136,13 @@ class KernelFunction(torch.autograd.Function):
     out: 1.3 of 4.4 us.
     """
 
-    def __init_subclass__(cls):
+    apply_kernels: ClassVar[Callable[..., Tensor | tuple[Tensor, ...]]]
+
+    def __init_subclass__(cls) -> None:
         cls.apply_kernels = super(torch.autograd.Function, cls).apply
 
     @classmethod
-    def apply(cls, *args):
+    def apply(cls, *args: object) -> Tensor:
         return first(super().apply(*args))
 
 

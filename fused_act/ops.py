@@ -64,7 +64,7 @@ def check(
     other: Tensor | None = None,
     *,
     mask: Tensor | None = None,
-    stride: list[int] | None = None,
+    stride: Sequence[int] = (),
     device_types: tuple[str, ...] | None = None,
 ) -> None:
     """Raise `TypeError` or `ValueError` unless a kernel can safely run on these arguments.
@@ -216,11 +216,9 @@ def overload(namespace: str, name: str):
 
 def kernels(namespace: str) -> dict[str, Kernels]:
     """The ops of `namespace` as `Kernels`, by activation name."""
-    fields = dict.fromkeys(Kernels._fields)
     return {
         activation.name: Kernels(
-            **fields
-            | {
+            **{
                 field: overload(namespace, schema.partition("(")[0])
                 for field, schema in schemas(activation).items()
             }

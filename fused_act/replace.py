@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from typing import TypeVar
 
 from torch import nn
 
 from fused_act.activations.mish import Mish
 from fused_act.activations.relu6 import ReLU6
 from fused_act.activations.swish import SiLU
+
+Model = TypeVar("Model", bound=nn.Module)
 
 FUSED = {nn.Mish: Mish, nn.SiLU: SiLU, nn.ReLU6: ReLU6}
 TORCH = {fused: original for original, fused in FUSED.items()}
@@ -33,8 +36,8 @@ def fused_class(module: nn.Module) -> type[nn.Module] | None:
 
 
 def replace_activations(
-    model: nn.Module, filter_fn: Callable[[str, nn.Module], bool] | None = None
-) -> nn.Module:
+    model: Model, filter_fn: Callable[[str, nn.Module], bool] | None = None
+) -> Model:
     """Make torch's `Mish`, `SiLU` and `ReLU6` modules in `model` fused ones, in place.
 
     Also transformers' `SiLUActivation` and `MishActivation`. Modules are matched by exact type and
@@ -60,7 +63,7 @@ def replace_activations(
     return model
 
 
-def restore_activations(model: nn.Module) -> nn.Module:
+def restore_activations(model: Model) -> Model:
     """The inverse of `replace_activations`: make the fused modules in `model` torch's, in place.
 
     Not `Swish`, of which torch has none.

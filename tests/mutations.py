@@ -325,7 +325,7 @@ MUTATIONS = [
         "setup.py",
         '    if choice == "1":\n        raise',
         '    if choice == "yes":\n        raise',
-        plain("test_extension.py -k without_nvcc"),
+        plain("test_packaging.py -k without_nvcc"),
     ),
     # fused_act/backends/triton_activations.py
     Mutation(

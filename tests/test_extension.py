@@ -3,8 +3,6 @@
 import re
 import shutil
 import subprocess
-import sys
-import zipfile
 from pathlib import Path
 
 import pytest
@@ -93,52 +91,3 @@ def test_every_op_guards_its_device():
     for name in implementations:
         body = re.search(rf"  static [^;{{}}]* {name}\(.*?\n  }}\n", source, re.DOTALL)[0]
         assert "const DeviceGuard guard(" in body, name
-
-
-def build(tmp_path, **environment):
-    """Build a wheel of a copy of the sources and return pip's output and the wheel."""
-    source = tmp_path / "source"
-    shutil.copytree(
-        ROOT,
-        source,
-        ignore=shutil.ignore_patterns(".git", ".venv", "build", "*.so", "tests", "*.egg-info"),
-    )
-    command = [sys.executable, "-m", "pip", "wheel", "-v", "--no-deps", "--no-build-isolation"]
-    result = subprocess.run(
-        [*command, "-w", str(tmp_path), str(source)],
-        env={"PATH": "/usr/bin:/bin", "HOME": str(tmp_path)} | environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    return result, next(tmp_path.glob("*.whl"), None)
-
-
-def test_pure_wheel(tmp_path):
-    result, wheel = build(tmp_path, FUSED_ACT_BUILD_CUDA="0")
-    assert result.returncode == 0, result.stdout + result.stderr
-    assert wheel.name.endswith("py3-none-any.whl")
-    names = zipfile.ZipFile(wheel).namelist()
-    assert "fused_act/activations/mish.py" in names
-    assert "fused_act/py.typed" in names
-    assert not [
-        name for name in names if name.endswith(".so") or name.startswith(("tests", "csrc"))
-    ]
-
-
-def test_build_without_nvcc_says_what_it_left_out(tmp_path):
-    nowhere = str(tmp_path / "no_cuda")  # hides an nvcc that is here
-    result, wheel = build(tmp_path, CUDA_HOME=nowhere)
-    assert result.returncode == 0, result.stdout + result.stderr
-    said = result.stdout + result.stderr
-    assert "building without the CUDA extension: nvcc is neither" in said
-    assert wheel.name.endswith("py3-none-any.whl")
-    demanded, _ = build(tmp_path / "again", FUSED_ACT_BUILD_CUDA="1", CUDA_HOME=nowhere)
-    assert demanded.returncode != 0
-    assert "was demanded but nvcc is neither" in demanded.stdout + demanded.stderr
-
-
-def test_wrong_build_setting_is_named(tmp_path):
-    result, _ = build(tmp_path, FUSED_ACT_BUILD_CUDA="yes")
-    assert result.returncode != 0
-    assert "expected 0, 1 or auto, got 'yes'" in result.stdout + result.stderr

@@ -23,15 +23,15 @@ PLAIN = (Tensor, torch.nn.Parameter)  # the types that kernels take; a subclass 
 class Kernels(NamedTuple):
     """The functions of one activation in one backend.
 
-    Each takes the activation's float parameters behind the tensors. The two in the middle are None
-    where the input, not a mask, is saved for backward.
+    Each takes the activation's float parameters behind the tensors. The last two are None where the
+    input, not a mask, is saved for backward.
     """
 
     forward: Callable[..., Tensor]  # (x) -> y
     forward_out: Callable[..., None]  # (x, out=y), where y may be x
-    forward_with_mask: Callable[..., tuple[Tensor, Tensor]] | None  # (x) -> y, mask
-    forward_with_mask_out: Callable[..., Tensor] | None  # (x, out=y) -> mask
     backward: Callable[..., Tensor]  # (grad_output, saved) -> grad_input; mask: stride comes last
+    forward_with_mask: Callable[..., tuple[Tensor, Tensor]] | None = None  # (x) -> y, mask
+    forward_with_mask_out: Callable[..., Tensor] | None = None  # (x, out=y) -> mask
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -23,7 +23,7 @@ def kernels(activation) -> Kernels:
     def backward(grad_output, x, *parameters):
         return activation.torch_backward(grad_output, x, *parameters)
 
-    return Kernels(forward, forward_out, None, None, backward)
+    return Kernels(forward, forward_out, backward)
 
 
 def formula(activation) -> Kernels:

@@ -1,0 +1,161 @@
+"""What users build and install: sdist, wheels, and the wheel in a clean virtual environment."""
+
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+import fused_act
+
+ROOT = Path(__file__).parent.parent
+NVCC = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+
+
+def copy_of_sources(folder):
+    ignored = shutil.ignore_patterns(".*", "build", "dist", "*.so", "*.egg-info", "__pycache__")
+    return shutil.copytree(ROOT, folder / "source", ignore=ignored)
+
+
+def run(*command, **options):
+    """Run `command`; what it prints, errors included. Fails the test if it fails."""
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True} | options
+    finished = subprocess.run([str(part) for part in command], check=False, **options)
+    assert finished.returncode == 0, finished.stdout
+    return finished.stdout
+
+
+def pip_wheel(tmp_path, **environment):
+    """Build a wheel of a copy of the sources and return pip's output and the wheel."""
+    source = copy_of_sources(tmp_path)
+    command = [sys.executable, "-m", "pip", "wheel", "-v", "--no-deps", "--no-build-isolation"]
+    result = subprocess.run(
+        [*command, "-w", str(tmp_path), str(source)],
+        env={"PATH": "/usr/bin:/bin", "HOME": str(tmp_path)} | environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return result, next(tmp_path.glob("*.whl"), None)
+
+
+def test_pure_wheel(tmp_path):
+    result, wheel = pip_wheel(tmp_path, FUSED_ACT_BUILD_CUDA="0")
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert wheel.name.endswith("py3-none-any.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    assert "fused_act/activations/mish.py" in names
+    assert "fused_act/py.typed" in names
+    assert not [
+        name for name in names if name.endswith(".so") or name.startswith(("tests", "csrc"))
+    ]
+
+
+def test_build_without_nvcc_says_what_it_left_out(tmp_path):
+    nowhere = str(tmp_path / "no_cuda")  # hides an nvcc that is here
+    result, wheel = pip_wheel(tmp_path, CUDA_HOME=nowhere)
+    assert result.returncode == 0, result.stdout + result.stderr
+    said = result.stdout + result.stderr
+    assert "building without the CUDA extension: nvcc is neither" in said
+    assert wheel.name.endswith("py3-none-any.whl")
+    demanded, _ = pip_wheel(tmp_path / "again", FUSED_ACT_BUILD_CUDA="1", CUDA_HOME=nowhere)
+    assert demanded.returncode != 0
+    assert "was demanded but nvcc is neither" in demanded.stdout + demanded.stderr
+
+
+def test_wrong_build_setting_is_named(tmp_path):
+    result, _ = pip_wheel(tmp_path, FUSED_ACT_BUILD_CUDA="yes")
+    assert result.returncode != 0
+    assert "expected 0, 1 or auto, got 'yes'" in result.stdout + result.stderr
+
+
+def test_isolated_build(tmp_path):
+    """`python -m build` as it comes: an isolated build has no torch, and must not fetch one."""
+    pytest.importorskip("build", reason="needs build")
+    fetch = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "setuptools", "wheel"]
+    if subprocess.run([*fetch, "-d", tmp_path], check=False, capture_output=True).returncode != 0:
+        pytest.skip("needs a package registry")
+    said = run(sys.executable, "-m", "build", "-o", tmp_path, copy_of_sources(tmp_path))
+    reason = "torch cannot be imported" if NVCC else "nvcc is neither"
+    assert f"building without the CUDA extension: {reason}" in said
+    (wheel,) = tmp_path.glob("fused_act-*.whl")
+    assert wheel.name == f"fused_act-{fused_act.__version__}-py3-none-any.whl"
+    with tarfile.open(tmp_path / f"fused_act-{fused_act.__version__}.tar.gz") as sdist:
+        names = {name.partition("/")[2] for name in sdist.getnames()}
+    assert names >= {
+        *("setup.py", "pyproject.toml", "README.md", "LICENSE", "CHANGELOG.md", "Makefile"),
+        *("csrc/ops.cu", "csrc/math.cuh", "fused_act/py.typed", "fused_act/backends/triton.py"),
+        *("tests/cases.py", "tests/host_kernels.cpp", "benchmarks/compare_speed.py"),
+    }
+    assert not [name for name in names if name.endswith((".so", ".pyc"))]
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    """The wheel that this machine makes: with the extension where nvcc is."""
+    pytest.importorskip("build", reason="needs build")
+    folder = tmp_path_factory.mktemp("wheel")
+    command = (sys.executable, "-m", "build", "--wheel", "--no-isolation", "-o", folder)
+    one_architecture = os.environ | {
+        "TORCH_CUDA_ARCH_LIST": "9.0"
+    }  # compiles in a sixth of the time
+    run(*command, copy_of_sources(folder), env=one_architecture)
+    return next(folder.glob("*.whl"))
+
+
+@pytest.mark.skipif(NVCC is None, reason="needs nvcc")
+def test_build_where_nvcc_is(wheel):
+    """One wheel for every Python from 3.10 on."""
+    assert wheel.name.startswith(f"fused_act-{fused_act.__version__}-cp310-abi3-linux_")
+    assert "fused_act/_C.abi3.so" in zipfile.ZipFile(wheel).namelist()
+
+
+@pytest.fixture(scope="module")
+def clean_python(wheel, tmp_path_factory):
+    """The Python of a new virtual environment that has the wheel, torch, and nothing else."""
+    if torch.version.cuda is not None:
+        pytest.skip("needs a CPU build of torch; to install another one would fetch gigabytes")
+    folder = tmp_path_factory.mktemp("clean")
+    venv.create(folder, with_pip=True)
+    python = folder / "bin" / "python"
+    version = torch.__version__.partition("+")[0]
+    run(python, "-m", "pip", "install", "-q", f"torch=={version}", wheel)
+    return python
+
+
+USE = """
+import importlib.util, pathlib, torch, fused_act
+assert "site-packages" in fused_act.__file__
+assert [name for name in ("numpy", "triton") if importlib.util.find_spec(name)] == []
+x = torch.linspace(-3, 9, 7, requires_grad=True)
+for function in (fused_act.mish, fused_act.silu, fused_act.relu6):
+    function(x).sum().backward()
+model = fused_act.replace_activations(torch.nn.Sequential(torch.nn.Mish()))
+assert torch.equal(model(x), torch.nn.functional.mish(x))
+"""
+
+
+def test_installed_with_torch_alone(wheel, clean_python, tmp_path):
+    run(clean_python, "-I", "-W", "ignore:Failed to initialize NumPy", "-c", USE, cwd=tmp_path)
+    run(clean_python, "-m", "pip", "check")
+    report = run(clean_python, "-I", "-m", "fused_act", cwd=tmp_path)
+    lacks = (
+        "torch sees no CUDA GPU" if "abi3" in wheel.name else "this install has no CUDA extension"
+    )
+    assert f"cuda     not available: {lacks}" in report
+    assert "triton   not available: triton is not installed" in report
+
+
+def test_types_of_the_installed_package(clean_python, tmp_path):
+    """mypy reads them from there, which takes py.typed, and not from the sources."""
+    pytest.importorskip("mypy", reason="needs mypy")
+    shutil.copy(ROOT / "tests" / "typed_usage.py", tmp_path)
+    command = (sys.executable, "-m", "mypy", "--strict", "--cache-dir", tmp_path / "cache")
+    said = run(*command, "--python-executable", clean_python, "typed_usage.py", cwd=tmp_path)
+    assert "Success: no issues found in 1 source file" in said
