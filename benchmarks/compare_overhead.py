@@ -3,16 +3,23 @@
     python -m benchmarks.compare_overhead [--rounds 31]
 
 - fallback: functions and modules where no kernel runs, beside `torch.nn.functional` and `torch.nn`.
+- compiled: the same under `torch.compile`, which checks at each call that no backend was forced.
 - kernels: all of a call but the kernel. A stub, forced, stands in for a backend: its kernels
   allocate what real ones return and compute nothing. Beside it stand such a kernel alone and, where
   x requires grad, the shortest `torch.autograd.Function` that calls it, saves as much and returns
   as much: that is autograd's own price.
+- import: what `python -X importtime` says of `import torch, fused_act`.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
+import re
+import statistics
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 
@@ -30,7 +37,7 @@ from fused_act.backends import Backend, Kernels
 NUMEL = 16
 SECONDS = 0.002  # of one turn
 
-FALLBACK = (
+PUBLIC = (
     ("mish", fused_act.mish, "F.mish", F.mish),
     ("silu", fused_act.silu, "F.silu", F.silu),
     ("relu6", fused_act.relu6, "F.relu6", F.relu6),
@@ -91,13 +98,13 @@ def row(path: str, call: str, grad: bool, ours: float, reference: str, theirs: f
     }
 
 
-def fallback_rows(rounds: int) -> Iterator[dict]:
-    for call, ours, reference, theirs in FALLBACK:
-        for grad in (False, True):
-            x = torch.randn(NUMEL, requires_grad=grad)
-            calls = {call: partial(ours, x), reference: partial(theirs, x)}
-            times = timing.interleaved(calls, rounds, SECONDS)
-            yield row("fallback", call, grad, times[call], reference, times[reference])
+def public_rows(path: str, prepare: Callable[[Callable], Callable], rounds: int) -> Iterator[dict]:
+    for (call, ours, reference, theirs), grad in itertools.product(PUBLIC, (False, True)):
+        torch.compiler.reset()  # compiled code shares one cache, which is limited
+        x = torch.randn(NUMEL, requires_grad=grad)
+        calls = {call: partial(prepare(ours), x), reference: partial(prepare(theirs), x)}
+        times = timing.interleaved(calls, rounds, SECONDS)
+        yield row(path, call, grad, times[call], reference, times[reference])
 
 
 def kernel_rows(rounds: int) -> Iterator[dict]:
@@ -121,9 +128,21 @@ def kernel_rows(rounds: int) -> Iterator[dict]:
                 yield row("kernels", activation.name, grad, times[call], reference, times[theirs])
 
 
+def import_row(runs: int = 5) -> dict:
+    command = [sys.executable, "-X", "importtime", "-c", "import torch, fused_act"]
+    found = {"torch": [], "fused_act": []}
+    for _ in range(runs):
+        report = subprocess.run(command, check=True, capture_output=True, text=True).stderr
+        for name, seconds in found.items():
+            (cumulative,) = re.findall(rf"(\d+) \| {name}$", report, re.MULTILINE)
+            seconds.append(1e-6 * int(cumulative))
+    torchs, ours = (statistics.median(seconds) for seconds in found.values())
+    return row("import", "import torch, fused_act", False, torchs + ours, "import torch", torchs)
+
+
 def print_results(rows: list[dict]) -> None:
     header = ("", "x requires grad", "us", "beside", "us", "added")
-    for path in ("fallback", "kernels"):
+    for path in dict.fromkeys(found["path"] for found in rows):
         lines = [
             (
                 found["call"],
@@ -149,7 +168,13 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     environment.print_environment()
-    rows = [*fallback_rows(arguments.rounds), *kernel_rows(arguments.rounds)]
+    compiled = partial(torch.compile, fullgraph=True, dynamic=False)
+    rows = [
+        *public_rows("fallback", lambda call: call, arguments.rounds),
+        *kernel_rows(arguments.rounds),
+        *public_rows("compiled", compiled, arguments.rounds),
+        import_row(),
+    ]
     environment.write_csv(arguments.results / "overhead.csv", rows)
     print_results(rows)
 
