@@ -47,7 +47,10 @@ class Case:
 
 
 def torch_swish(x: Tensor, beta: float, inplace: bool = False) -> Tensor:
-    return F.silu(x, inplace=inplace) if beta == 1.0 else x * torch.sigmoid(beta * x)
+    if beta == 1.0:
+        return F.silu(x, inplace=inplace)
+    gate = torch.sigmoid(beta * x)
+    return x.mul_(gate) if inplace else x * gate
 
 
 TORCH_FUNCTIONS = {"mish": F.mish, "relu6": F.relu6, "swish": torch_swish}

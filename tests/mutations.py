@@ -643,7 +643,7 @@ MUTATIONS = [
         "fused_act/activation.py",
         "        if torch.compiler._is_exporting_flag:\n            return activation.eager\n",
         "",
-        plain("test_fallback.py -k export"),
+        plain("test_export.py -k program_is_torchs"),
     ),
     Mutation(
         "forced-torch-fuses",

@@ -3,7 +3,6 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 import fused_act
 from tests.cases import LAYOUTS, all_cases, all_dtypes, all_layouts
@@ -121,52 +120,6 @@ def test_meta_and_fake_tensors():
     assert fused_act.mish(torch.empty(3, 4, device="meta")).shape == (3, 4)
     with torch._subclasses.FakeTensorMode():
         assert fused_act.relu6(torch.empty(3, 4, device="cuda")).device.type == "cuda"
-
-
-MODULES = [fused_act.Mish(), fused_act.SiLU(), fused_act.ReLU6(), fused_act.Swish(1.7)]
-all_modules = pytest.mark.parametrize("module", MODULES, ids=lambda module: type(module).__name__)
-
-
-@all_modules
-def test_scripts_and_traces(module):
-    x = torch.randn(9)
-    torch.testing.assert_close(torch.jit.script(module)(x), module(x))
-    torch.testing.assert_close(torch.jit.trace(module, x)(x), module(x))
-    torch.testing.assert_close(torch.fx.symbolic_trace(module)(x), module(x))
-
-
-@all_cases
-def test_function_scripts(case):
-    x = torch.randn(9)
-    function = getattr(fused_act, case.name)
-    expected = function(x, *case.parameters)
-    torch.testing.assert_close(torch.jit.script(function)(x, *case.parameters), expected)
-
-
-def test_scripted_swish_trains_in_place():
-    leaf = torch.randn(9, requires_grad=True)
-    module = fused_act.Swish(1.5, inplace=True)
-    grads = [
-        torch.autograd.grad(f(leaf * 1).sum(), leaf)[0] for f in (module, torch.jit.script(module))
-    ]
-    torch.testing.assert_close(*grads)
-
-
-@pytest.mark.parametrize(
-    ("module", "op"),
-    [
-        (fused_act.Mish(), torch.ops.aten.mish.default),
-        (fused_act.SiLU(), torch.ops.aten.silu.default),
-        (fused_act.ReLU6(), torch.ops.aten.hardtanh.default),
-    ],
-    ids=["mish", "silu", "relu6"],
-)
-@pytest.mark.parametrize("strict", [False, True])
-def test_export_shows_torchs_op(module, op, strict):
-    model = nn.Sequential(nn.Linear(3, 3), module)
-    program = torch.export.export(model, (torch.randn(2, 3),), strict=strict)
-    targets = [node.target for node in program.graph.nodes]
-    assert op in targets or (op is torch.ops.aten.hardtanh.default and "relu6" in str(targets))
 
 
 @all_cases

@@ -18,6 +18,7 @@ from fused_act import ops
 from fused_act.backends import DTYPES
 from tests import accuracy, sanitize
 from tests.cases import (
+    BACKENDS,
     CASES,
     DEVICE,
     INTERPRET,
@@ -593,6 +594,29 @@ def test_changing_the_backend_recompiles(backend):
         compiled(x)
     assert len(graphs) == 2
     assert F.silu in [node.target for node in graphs[1].graph.nodes]
+
+
+@all_cases
+@pytest.mark.parametrize("backend", [*BACKENDS, "torch"])
+@pytest.mark.parametrize("strict", [False, True])
+def test_exports_torchs_op(case, backend, strict):
+    """Of float64 too, which the kernels refuse."""
+
+    class Module(nn.Module):
+        def __init__(self, function):
+            super().__init__()
+            self.function = function
+
+        def forward(self, x):
+            return self.function(x)
+
+    x = torch.randn(40, device=DEVICE, dtype=torch.float64)
+    ours, theirs = (
+        torch.export.export(Module(function), (x,), strict=strict)
+        for function in (case.function, case.torch_function)
+    )
+    assert ours.graph_module.code == theirs.graph_module.code
+    assert torch.equal(ours.module()(x), case.torch_function(x))
 
 
 @pytest.mark.skipif(not INTERPRET, reason="for Triton's interpreter")

@@ -105,8 +105,7 @@ def swish(x: Tensor, beta: float = 1.0, inplace: bool = False) -> Tensor:
             `inplace` on a leaf that requires grad.
     """
     if is_scripting():
-        gate = torch.sigmoid(beta * x)
-        return x.mul_(gate) if inplace else x * gate
+        return torch_forward(x, beta, inplace)
     return activate(SWISH, x, inplace, checked(beta))
 
 

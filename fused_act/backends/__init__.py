@@ -160,7 +160,8 @@ class use_backend:
 
     A forced kernel backend raises for a tensor that it does not take. The setting holds for all
     threads of the process. Under `torch.compile` a forced backend puts that backend's opaque op
-    into the graph, and changing it recompiles.
+    into the graph, and changing it recompiles. `torch.export`, `torch.jit` and FX get torch's own
+    op from every backend, so that what they make runs without this package.
 
     Raises:
         ValueError: there is no backend of that name.
