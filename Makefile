@@ -11,8 +11,12 @@ PYTHON ?= python3
 RESULTS ?= benchmarks/results/gpu
 VENV := .venv
 RUN := $(VENV)/bin/python
+TIMM_VENV := .venv-timm
+RUN_TIMM := $(TIMM_VENV)/bin/python
 # A release by number: torch without one may be newer than what was tested.
 TORCH ?= torch==2.13.0
+# Its release that goes with that torch. There is no build of it for a CPU.
+TORCHVISION ?= torchvision==0.28.0
 # The instruction counts are gated on this compiler; others run for correctness.
 TRITON ?= triton==3.7.1
 CSRC := $(wildcard csrc/*)
@@ -24,11 +28,12 @@ INTERPRETED := $(addprefix tests/test_,$(addsuffix .py,accuracy_kernels faults k
 demo: $(VENV)/demo
 	$(RUN) -m benchmarks.demo
 
-test: $(VENV)/test fused_act/_C.abi3.so
+test: $(VENV)/test $(TIMM_VENV)/test fused_act/_C.abi3.so
 	@status=0; \
 	$(MAKE) --no-print-directory lint || status=1; \
 	$(RUN) -m pytest || status=1; \
 	TRITON_INTERPRET=1 $(RUN) -m pytest $(INTERPRETED) -m "not gpu" || status=1; \
+	$(RUN_TIMM) -m pytest -m zoo tests/test_zoo.py tests/test_readme.py || status=1; \
 	if [ $$status = 0 ]; then echo "make test: everything that needs no GPU passed"; \
 	else echo "make test: FAILED, see above"; fi; exit $$status
 
@@ -67,7 +72,7 @@ sanitize:
 	@echo "make sanitize: memcheck, racecheck and initcheck found nothing"
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info fused_act/_C*.so
+	rm -rf $(VENV) $(TIMM_VENV) build dist *.egg-info fused_act/_C*.so
 
 # One stamp for each set of packages, so that a second run installs nothing.
 $(VENV)/torch:
@@ -84,7 +89,15 @@ $(VENV)/demo: $(VENV)/torch pyproject.toml
 
 $(VENV)/test: $(VENV)/torch pyproject.toml
 	$(RUN) -m pip install -q "$(TRITON)"
-	FUSED_ACT_BUILD_CUDA=0 $(RUN) -m pip install -q --no-build-isolation -e ".[test,lint]"
+	FUSED_ACT_BUILD_CUDA=0 $(RUN) -m pip install -q --no-build-isolation -e ".[test,lint,export,zoo]"
+	@touch $@
+
+# timm needs torchvision, and beside a build of that for CUDA transformers does not import.
+$(TIMM_VENV)/test:
+	$(PYTHON) -m venv $(TIMM_VENV)
+	$(RUN_TIMM) -m pip install -q "$(TORCH)" setuptools
+	$(RUN_TIMM) -m pip install -q --no-deps "$(TORCHVISION)"
+	$(RUN_TIMM) -m pip install -q timm numpy pytest
 	@touch $@
 
 # Without nvcc this makes no file, says so, and the tests of the extension skip.

@@ -1,5 +1,11 @@
 """Skips the GPU tests, visibly, where there is no GPU; every test starts with `auto` selected."""
 
+import importlib
+import importlib.util
+import os
+import re
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -33,6 +39,40 @@ def automatic_backend():
     torch.manual_seed(0)
     with fused_act.use_backend("auto"):
         yield
+
+
+@pytest.fixture
+def one_thread():
+    """For models so small that two threads would only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def transformers():
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    return pytest.importorskip("transformers", reason="needs transformers, of the extra 'zoo'")
+
+
+@pytest.fixture(scope="session")
+def timm():
+    """timm, beside a torchvision whose extension does not load: there is none for a CPU build.
+
+    Without its ops, torchvision fails to register what else it has for them. timm calls none.
+    """
+    if importlib.util.find_spec("timm") is None:
+        pytest.skip("needs timm, which `make test` runs in a virtual environment of its own")
+    try:
+        import torchvision  # noqa: F401
+    except RuntimeError:
+        (folder,) = importlib.util.find_spec("torchvision").submodule_search_locations
+        text = (Path(folder) / "_meta_registrations.py").read_text()
+        library = torch.library.Library("torchvision", "DEF")
+        for op in re.findall(r'@.*register_(?:meta|fake)\("(?:torchvision::)?(\w+)"\)', text):
+            library.define(f"{op}(...) -> ...")
+    return importlib.import_module("timm")
 
 
 @pytest.fixture

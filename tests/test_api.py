@@ -13,7 +13,6 @@ import types
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 import fused_act
@@ -307,35 +306,6 @@ def test_replace_a_bare_activation_and_some_by_name():
     fused_act.replace_activations(model, filter_fn=lambda name, module: name == "layers.1")
     assert type(model.layers[1]) is fused_act.ReLU6
     assert type(model.layers[4]) is nn.SiLU
-
-
-def test_replace_finds_transformers_activations(monkeypatch):
-    # A stand-in for transformers.activations, found as the real one is: through sys.modules.
-    class SiLUActivation(nn.Module):
-        def forward(self, input):
-            return F.silu(input)
-
-    class MishActivation(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.act = F.mish
-
-        def forward(self, input):
-            return self.act(input)
-
-    module = types.ModuleType("transformers.activations")
-    module.SiLUActivation, module.MishActivation = SiLUActivation, MishActivation
-    monkeypatch.setitem(sys.modules, "transformers.activations", module)
-    model = nn.Sequential(SiLUActivation(), MishActivation())
-    x = torch.randn(7)
-    expected = model(x)
-    fused_act.replace_activations(model)
-    assert classes(model)[1:] == [fused_act.SiLU, fused_act.Mish]
-    assert torch.equal(model(x), expected)
-    fused_act.restore_activations(model)
-    assert classes(model)[1:] == [SiLUActivation, MishActivation]
-    assert "inplace" not in model[0].__dict__
-    assert torch.equal(model(x), expected)
 
 
 def run(code: str, **environment: str) -> str:
