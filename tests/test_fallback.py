@@ -41,6 +41,13 @@ def test_other_dtypes_are_torchs(case, dtype):
         assert torch.autograd.gradgradcheck(function, x)
 
 
+def test_gradient_of_complex_swish():
+    x = torch.randn(9, dtype=torch.complex128, requires_grad=True)
+    for beta in (1.0, 1.702):
+        assert torch.autograd.gradcheck(fused_act.SwishFunction.apply, (x, beta))
+    assert torch.autograd.gradgradcheck(fused_act.SwishFunction.apply, (x, 1.702))
+
+
 @all_cases
 def test_specials_are_torchs(case):
     x = torch.tensor([float("nan"), float("inf"), -float("inf"), 0.0, -0.0, 1e-45, 3.4e38, -3.4e38])

@@ -49,10 +49,13 @@ def torch_forward(x: Tensor, beta: float, inplace: bool = False) -> Tensor:
 
 
 def torch_backward(grad_output: Tensor, x: Tensor, beta: float) -> Tensor:
-    if beta == 1.0:
+    # torch refuses to differentiate SiLU of complex numbers; called like this, it gets it wrong.
+    if beta == 1.0 and not x.is_complex():
         return torch.ops.aten.silu_backward.default(grad_output, x)
     gate = torch.sigmoid(beta * x)
-    return grad_output * gate + grad_output * x * (gate * (1 - gate)) * beta
+    # As autograd has it, bit for bit, and of complex numbers too.
+    through_gate = torch.ops.aten.sigmoid_backward.default(grad_output * x.conj(), gate)
+    return grad_output * gate.conj() + through_gate * beta
 
 
 SWISH = Activation(
