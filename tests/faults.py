@@ -82,6 +82,14 @@ def no_tensor(what: str, make: Callable[[Tensor], object], name: str) -> Unusual
     )
 
 
+def distributed(x: Tensor) -> Tensor:
+    """Sharded over a mesh of this process alone."""
+    from torch.distributed.tensor import DeviceMesh, DTensor, Shard
+
+    mesh = DeviceMesh(x.device.type, [0], _init_backend=False, _rank=0)
+    return DTensor.from_local(x, mesh, [Shard(0)], run_check=False)
+
+
 INPUTS = [
     dtype("float64", lambda x: x.double(), "float64"),
     dtype("float8", lambda x: x.to(torch.float8_e4m3fn), "float8_e4m3fn"),
@@ -100,6 +108,7 @@ INPUTS = [
         lambda x: torch.nested.nested_tensor([x[0], x[1, :2]], layout=torch.jagged),
         "NestedTensor",
     ),
+    subclass("DTensor", distributed, "DTensor"),
     subclass("tensor subclass", lambda x: x.as_subclass(Subclass), "Subclass"),
     subclass("fake tensor", lambda x: FakeTensorMode().from_tensor(x), "FakeTensor"),
     UnusualInput(

@@ -27,6 +27,8 @@ def plain():
 def values(y):
     if y.is_meta or isinstance(y, torch._subclasses.FakeTensor):
         return None
+    if hasattr(y, "to_local"):
+        return y.to_local().tolist()
     if y.is_nested:
         return [part.tolist() for part in y.unbind()]
     if y.is_quantized:

@@ -434,8 +434,12 @@ def test_forced_backend_refuses_subclasses(backend):
     class Subclass(torch.Tensor):
         pass
 
+    x = torch.zeros(3, device=DEVICE).as_subclass(Subclass)
     with pytest.raises(TypeError, match="plain tensors, got Subclass"):
-        fused_act.mish(torch.zeros(3, device=DEVICE).as_subclass(Subclass))
+        fused_act.mish(x)
+    compiled = torch.compile(fused_act.mish, backend="eager", fullgraph=True)
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="plain tensors, got Subclass"):
+        compiled(x)
 
 
 @all_cases

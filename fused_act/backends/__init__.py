@@ -64,7 +64,7 @@ class Backend:
             return
         if not isinstance(x, Tensor):
             raise TypeError(f"{op}: expected x to be a Tensor, got {type(x).__name__}")
-        if type(x) not in PLAIN and not torch.compiler.is_compiling():
+        if type(x) not in PLAIN:
             raise TypeError(
                 f"{op}: the {self.name!r} backend takes plain tensors, got {type(x).__name__}; "
                 "use_backend('auto') leaves tensor subclasses to torch"
