@@ -132,17 +132,20 @@ def activate(activation: Activation, x: Tensor, inplace: bool, *parameters: floa
 class KernelFunction(torch.autograd.Function):
     """A Function that may be given the kernels last, and whose outputs but the first are its own.
 
-    `apply_kernels` is `apply` without what torch adds for functorch, which `kernels_for` has ruled
-    out: 1.3 of 4.4 us.
+    Transforms and forward-mode AD, which it does not know, get torch's own op. `apply_kernels` is
+    `apply` without what torch adds for functorch, which `kernels_for` has ruled out: 1.3 of 4.4 us.
     """
 
     apply_kernels: ClassVar[Callable[..., Tensor | tuple[Tensor, ...]]]
+    torch_forward: ClassVar[Callable[..., Tensor]]
 
     def __init_subclass__(cls) -> None:
         cls.apply_kernels = super(torch.autograd.Function, cls).apply
 
     @classmethod
     def apply(cls, *args: object) -> Tensor:
+        if not torch.compiler.is_compiling() and is_transformed():
+            return cls.torch_forward(*args)
         return first(super().apply(*args))
 
 
@@ -168,7 +171,7 @@ def make_function(activation: Activation) -> type[KernelFunction]:
     def backward(ctx, grad_output, grad_anchor=None):
         return (grad_input(activation, ctx, grad_output), *[None] * (count + 1))
 
-    return function_class(f"{activation.name.title()}Function", forward, backward)
+    return function_class(activation, "Function", forward, backward)
 
 
 def make_inplace_function(activation: Activation) -> type[KernelFunction]:
@@ -195,12 +198,18 @@ def make_inplace_function(activation: Activation) -> type[KernelFunction]:
     def backward(ctx, grad_output, grad_anchor=None):
         return (grad_input(activation, ctx, grad_output), None, *[None] * (count + 1))
 
-    return function_class(f"{activation.name.title()}InplaceFunction", forward, backward)
+    return function_class(activation, "InplaceFunction", forward, backward)
 
 
-def function_class(name: str, forward, backward) -> type[KernelFunction]:
-    methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
-    return type(KernelFunction)(name, (KernelFunction,), methods | {"__module__": __name__})
+def function_class(activation: Activation, kind: str, forward, backward) -> type[KernelFunction]:
+    functions = {
+        "forward": forward,
+        "backward": backward,
+        "torch_forward": activation.torch_forward,
+    }
+    members = {name: staticmethod(function) for name, function in functions.items()}
+    members["__module__"] = __name__
+    return type(KernelFunction)(f"{activation.name.title()}{kind}", (KernelFunction,), members)
 
 
 def save_mask(

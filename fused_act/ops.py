@@ -24,6 +24,7 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 from torch.autograd.graph import increment_version
+from torch.utils.checkpoint import SAC_IGNORED_OPS
 
 from fused_act.activation import Activation
 from fused_act.activations import ACTIVATIONS
@@ -205,6 +206,9 @@ def define(namespace: str, device_types: tuple[str, ...]) -> torch.library.Libra
             library.impl(name, autograd, "Autograd")
             if field.endswith("_out"):
                 library.impl(name, functools.partial(bump_version, op), "ADInplaceOrView")
+                # Selective checkpointing keeps what an op returns and then skips the op: it would
+                # leave `out` as it was, and gradients wrong. This one is always computed again.
+                SAC_IGNORED_OPS.add(op)
     return library
 
 

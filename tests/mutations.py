@@ -523,7 +523,7 @@ MUTATIONS = [
         "fused_act/activation.py",
         "        torch._C._are_functorch_transforms_active()\n        or forward_ad",
         "        forward_ad",
-        interpreted("test_kernels.py -k transforms"),
+        interpreted("test_autograd.py -k 'transforms and triton'"),
     ),
     Mutation(
         "forward-mode-forgotten",
@@ -532,6 +532,31 @@ MUTATIONS = [
         "        or forward_ad._current_level >= 0\n        or torch._C",
         "        or torch._C",
         plain("test_api.py -k kernel_or_torch"),
+    ),
+    Mutation(
+        "subclass-compiled",
+        "a forced backend takes a subclass while torch.compile traces",
+        "fused_act/backends/__init__.py",
+        "        if type(x) not in PLAIN:\n",
+        "        if type(x) not in PLAIN and not torch.compiler.is_compiling():\n",
+        interpreted("test_kernels.py -k refuses_subclasses"),
+    ),
+    Mutation(
+        "function-transformed",
+        "MishFunction.apply under vmap gets torch's error about autograd.Function",
+        "fused_act/activation.py",
+        "        if not torch.compiler.is_compiling() and is_transformed():\n"
+        "            return cls.torch_forward(*args)\n",
+        "",
+        plain("test_autograd.py -k 'transforms and Function'"),
+    ),
+    Mutation(
+        "written-op-kept",
+        "selective checkpointing skips an op that writes in place",
+        "fused_act/ops.py",
+        "                SAC_IGNORED_OPS.add(op)\n",
+        "",
+        interpreted("test_autograd.py -k selective"),
     ),
     Mutation(
         "tracing-forgotten",

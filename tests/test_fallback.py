@@ -77,39 +77,6 @@ def test_inplace_is_torchs(case):
     assert torch.equal(leaf, before)
 
 
-@all_cases
-def test_transforms_are_torchs(case):
-    x = torch.randn(5, 3)
-    for transform in (
-        lambda f: torch.func.vmap(f)(x),
-        lambda f: torch.func.vmap(torch.func.grad(lambda t: f(t).sum()))(x),
-        lambda f: torch.func.jvp(f, (x,), (torch.ones_like(x),))[1],
-        lambda f: torch.func.jacrev(f)(x),
-        lambda f: torch.func.hessian(lambda t: f(t).sum())(x),
-    ):
-        assert torch.equal(transform(case.function), transform(case.torch_function))
-
-
-@all_cases
-def test_forward_mode_is_torchs(case):
-    x = torch.randn(7)
-
-    def tangent(function):
-        with torch.autograd.forward_ad.dual_level():
-            dual = torch.autograd.forward_ad.make_dual(x, torch.ones_like(x))
-            return torch.autograd.forward_ad.unpack_dual(function(dual)).tangent
-
-    assert torch.equal(tangent(case.function), tangent(case.torch_function))
-
-
-@all_cases
-def test_autocast_keeps_torchs_dtype(case):
-    x = torch.randn(8, dtype=torch.bfloat16)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert case.function(x).dtype is case.torch_function(x).dtype
-        assert case.function(x.float()).dtype is case.torch_function(x.float()).dtype
-
-
 def test_tensor_subclass_reaches_torchs_own_op():
     seen = []
 
@@ -127,21 +94,3 @@ def test_meta_and_fake_tensors():
     assert fused_act.mish(torch.empty(3, 4, device="meta")).shape == (3, 4)
     with torch._subclasses.FakeTensorMode():
         assert fused_act.relu6(torch.empty(3, 4, device="cuda")).device.type == "cuda"
-
-
-@all_cases
-@pytest.mark.parametrize("use_reentrant", [False, True])
-def test_checkpoint(case, use_reentrant):
-    x = torch.randn(16, requires_grad=True)
-    y = torch.utils.checkpoint.checkpoint(
-        lambda t: case.function(t * 2), x, use_reentrant=use_reentrant
-    )
-    (grad,) = torch.autograd.grad(y.sum(), x) if not use_reentrant else (backward_grad(y, x),)
-    expected = torch.autograd.grad(case.torch_function(x * 2).sum(), x)[0]
-    assert torch.equal(grad, expected)
-
-
-def backward_grad(y, x):
-    """The gradient through `backward()`: reentrant checkpoints refuse `torch.autograd.grad`."""
-    y.sum().backward()
-    return x.grad

@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
-from torch.utils.checkpoint import checkpoint
 
 import fused_act
 from fused_act import ops
@@ -271,50 +270,6 @@ def test_backward_stays_with_the_backend_of_forward(case, backend):
 
 @all_cases
 @all_backends
-def test_backward_twice(case, backend):
-    x = torch.randn(50, device=DEVICE, requires_grad=True)
-    y = case.function(x).sum()
-    first = torch.autograd.grad(y, x, retain_graph=True)[0]
-    assert torch.equal(first, torch.autograd.grad(y, x)[0])
-
-
-@all_cases
-@all_backends
-@pytest.mark.parametrize("inplace", [False, True])
-@pytest.mark.parametrize(
-    "around",
-    [
-        lambda f, x: checkpoint(f, x, use_reentrant=False),
-        lambda f, x: checkpoint(f, x, use_reentrant=True),
-        lambda f, x: with_context(torch.autograd.graph.save_on_cpu(), f, x),
-        lambda f, x: with_context(torch.autograd.detect_anomaly(check_nan=True), f, x),
-    ],
-    ids=["checkpoint", "reentrant checkpoint", "save_on_cpu", "anomaly mode"],
-)
-@pytest.mark.filterwarnings("ignore:Anomaly Detection")
-def test_what_autograd_wraps_changes_nothing(case, backend, inplace, around):
-    leaf = torch.linspace(-7, 9, 37, device=DEVICE, requires_grad=True)
-
-    def function(x):
-        return case.function(x * 2, inplace=inplace)
-
-    expected = function(leaf)
-    y = around(function, leaf)
-    assert torch.equal(y, expected)
-    weight = torch.randn_like(y)
-    y.backward(weight)
-    assert torch.equal(leaf.grad, torch.autograd.grad(expected, leaf, weight)[0])
-    (theirs,) = torch.autograd.grad(case.torch_function(leaf * 2), leaf, weight)
-    torch.testing.assert_close(leaf.grad, theirs, rtol=1e-4, atol=1e-5)
-
-
-def with_context(context, function, x):
-    with context:
-        return function(x)
-
-
-@all_cases
-@all_backends
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_without_grad_nothing_is_recorded(case, backend, mode):
     x = torch.linspace(-7, 9, 37, device=DEVICE, requires_grad=True)
@@ -337,19 +292,6 @@ def test_without_grad_nothing_is_recorded(case, backend, mode):
 
 @all_cases
 @all_backends
-def test_forward_mode_goes_to_torch(case, backend):
-    def run(function):
-        x = torch.linspace(-7, 9, 37, device=DEVICE)
-        with torch.autograd.forward_ad.dual_level():
-            dual = torch.autograd.forward_ad.make_dual(x, torch.ones_like(x))
-            return torch.autograd.forward_ad.unpack_dual(function(dual))
-
-    for ours, theirs in zip(run(case.function), run(case.torch_function)):
-        assert torch.equal(ours, theirs)
-
-
-@all_cases
-@all_backends
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_jit_traces_torchs_op(case, backend):
     x = torch.linspace(-7, 9, 37, device=DEVICE)
@@ -358,18 +300,6 @@ def test_jit_traces_torchs_op(case, backend):
     assert [kind for kind in kinds if kind.startswith("aten::")]
     assert not [kind for kind in kinds if kind.startswith("fused_act")]
     torch.testing.assert_close(traced(x), case.torch_function(x))
-
-
-@all_cases
-@all_backends
-def test_transforms_go_to_torch(case, backend):
-    x = torch.randn(5, 3, device=DEVICE)
-    for transform in (
-        lambda f: torch.func.vmap(f)(x),
-        lambda f: torch.func.jvp(f, (x,), (torch.ones_like(x),))[1],
-        lambda f: torch.func.hessian(lambda t: f(t).sum())(x),
-    ):
-        assert torch.equal(transform(case.function), transform(case.torch_function))
 
 
 @all_cases
