@@ -1,13 +1,14 @@
 """How long compiled code takes with fused_act, beside the same code with torch's own op.
 
-    python -m benchmarks.compare_compile [--numel 2^20] [--dtypes fp32 bf16] [--network]
+    python -m benchmarks.compare_compile [--numel 2^18] [--dtypes fp32 bf16] [--network]
 
 - alone: f(x)
 - chain: f(x * w + b) * s, which becomes one kernel forward and one backward
 - network, with --network: a MobileNetV2 of three blocks on 8 images of 32 x 32 pixels
 
 forward runs without autograd. A ratio below 1 means that ours is faster; noise is that of torch's
-own code to itself. Medians of rounds in which all run in turn, on one thread where no GPU is. torch
+own code to itself. Much larger tensors on a CPU are new memory at each call, whose page faults count
+more than the code. Medians of rounds in which all run in turn, on one thread where no GPU is. torch
 has no Swish with another beta than 1: there its definition, x * sigmoid(beta * x), is compiled.
 """
 
@@ -138,7 +139,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     environment.add_results_argument(parser)
     parser.add_argument(
-        "--numel", type=size, default=2**20, metavar="N", help="elements of x; default: 2^20"
+        "--numel", type=size, default=2**18, metavar="N", help="elements of x; default: 2^18"
     )
     parser.add_argument(
         "--dtypes", choices=DTYPES, nargs="+", default=["fp32", "bf16"], help="default: fp32 bf16"
