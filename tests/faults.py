@@ -1,7 +1,5 @@
 """What happens to unusual input and in unusual places: the table that the tests run over and that
-the README shows.
-
-    python -m tests.faults    # writes the README's table anew
+the README shows (readme.py).
 """
 
 from __future__ import annotations
@@ -9,7 +7,6 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy
 import torch
@@ -18,8 +15,6 @@ from torch._subclasses import FakeTensorMode
 
 import fused_act
 from tests import test_broken_installs
-
-README = Path(__file__).parent.parent / "README.md"
 
 
 class Subclass(torch.Tensor):
@@ -244,25 +239,3 @@ def readable(pattern: str) -> str:
     """
     pattern = pattern.replace(test_broken_installs.NEEDS, "; it needs .*")
     return re.sub(r"\\(.)", r"\1", pattern.replace(".*", "…")).replace("`", "'")
-
-
-TABLES = {"faults": table, "broken installs": installs}
-
-
-def between(name: str, text: str) -> tuple[int, int]:
-    """Where the table `name` begins and ends in the README."""
-    begin = f"<!-- {name}: written by python -m tests.faults -->\n"
-    return text.index(begin) + len(begin), text.index(f"<!-- end of {name} -->")
-
-
-def main() -> None:
-    text = README.read_text()
-    for name, write in TABLES.items():
-        start, end = between(name, text)
-        text = text[:start] + write() + "\n" + text[end:]
-    README.write_text(text)
-    print(f"wrote {' and '.join(TABLES)} into {README.name}")
-
-
-if __name__ == "__main__":
-    main()

@@ -89,11 +89,3 @@ def test_wrong_calls(case, wrong):
 def test_wrong_calls_of_a_forced_backend(case, backend, wrong):
     check_call(case, wrong)
     assert fused_act.backends.forced is get(backend)
-
-
-@pytest.mark.parametrize("name", faults.TABLES)
-def test_readme_shows_the_table(name):
-    pytest.importorskip("tabulate")
-    text = faults.README.read_text()
-    start, end = faults.between(name, text)
-    assert text[start:end] == faults.TABLES[name]() + "\n"

@@ -1,7 +1,6 @@
-"""The Python blocks of the README run as they stand."""
+"""The Python blocks of the README run as they stand, and its tables are those of their sources."""
 
 import re
-from pathlib import Path
 
 import pytest
 import torch
@@ -9,9 +8,10 @@ import torch.nn.functional as F
 from torch import nn
 
 import fused_act
+from tests import readme
 from tests.test_zoo import activations, classes
 
-TEXT = (Path(__file__).parent.parent / "README.md").read_text()
+TEXT = readme.README.read_text()
 # By the heading above.
 BLOCKS = dict(
     re.findall(r"^##+ ([^\n]+)\n(?:(?!##)[^\n]*\n)*?```python\n(.*?)```", TEXT, re.M | re.S)
@@ -31,6 +31,13 @@ def classes_of_ours(model):
 def test_every_block_is_run():
     assert list(BLOCKS) == ["Use", "torch", "timm", "transformers"]
     assert len(BLOCKS) == TEXT.count("```python")
+
+
+@pytest.mark.parametrize("name", readme.TABLES)
+def test_table_is_that_of_its_source(name):
+    pytest.importorskip("tabulate")
+    start, end = readme.between(name, TEXT)
+    assert TEXT[start:end] == readme.TABLES[name]() + "\n"
 
 
 def test_use():
