@@ -70,7 +70,9 @@ def overhead() -> str:
             ("the same, beside the shortest Function that calls it", "kernels", "Function"),
         )
     ]
-    lines.append(("`import fused_act` after `import torch`", f"{added_by_import / 1000:.0f} ms", ""))
+    lines.append(
+        ("`import fused_act` after `import torch`", f"{added_by_import / 1000:.0f} ms", "")
+    )
     return tabulate(lines, ("µs", "no grad", "grad"), "github", disable_numparse=True)
 
 
