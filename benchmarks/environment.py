@@ -7,11 +7,14 @@ import csv
 import datetime
 import functools
 import importlib.metadata
+import os
 import platform
 import re
 import subprocess
-from collections.abc import Iterable, Sequence
+import sys
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 
@@ -41,13 +44,22 @@ def cpu_name() -> str:
     return next(names, platform.processor() or platform.machine())
 
 
+def on_gpu() -> bool:
+    """Whether the kernels run on a GPU; Triton's interpreter takes CPU tensors."""
+    return torch.cuda.is_available() and not INTERPRET
+
+
 @functools.cache
 def environment() -> dict[str, str]:
     """The columns that say where a number comes from; empty where there is nothing to say."""
-    on_gpu = torch.cuda.is_available() and not INTERPRET
     return {
-        "gpu": torch.cuda.get_device_name() if on_gpu else "",
-        "driver": output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
+        "gpu": torch.cuda.get_device_name() if on_gpu() else "",
+        **nvidia_smi(
+            driver="driver_version",
+            sm_clock_max_mhz="clocks.max.sm",
+            memory_clock_max_mhz="clocks.max.memory",
+            power_limit_w="power.limit",
+        ),
         "cpu": cpu_name(),
         "torch": torch.__version__,
         "cuda": torch.version.cuda or "",
@@ -63,6 +75,25 @@ def installed_version(package: str) -> str:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return ""
+
+
+def clocks() -> dict[str, str]:
+    """The columns that say how fast the GPU runs now: one that is hot or short of power slows."""
+    return nvidia_smi(sm_clock_mhz="clocks.current.sm", memory_clock_mhz="clocks.current.memory")
+
+
+def nvidia_smi(**fields: str) -> dict[str, str]:
+    """What nvidia-smi says of the GPU in use, by column; "" for what it does not know."""
+    values = []
+    if on_gpu():
+        # CUDA_VISIBLE_DEVICES gives the GPU another number, but not another uuid.
+        uuid = torch.cuda.get_device_properties(0).uuid
+        query = f"--query-gpu={','.join(fields.values())}"
+        line = output("nvidia-smi", f"--id=GPU-{uuid}", query, "--format=csv,noheader,nounits")
+        values = [value.strip() for value in line.split(",")]
+    if len(values) != len(fields):
+        values = [""] * len(fields)
+    return {column: "" if "[" in value else value for column, value in zip(fields, values)}
 
 
 def output(*command: str) -> str:
@@ -89,15 +120,66 @@ def add_results_argument(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def write_csv(path: Path, rows: Sequence[dict]) -> None:
-    """Write `rows`, each with the environment behind it; the columns are all that rows have."""
-    columns = [*dict.fromkeys(key for row in rows for key in row), *environment()]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, columns, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(row | environment() for row in rows)
-    print(f"\n{len(rows)} rows in {path}")
+def write_csv(path: Path, rows: Iterable[dict]) -> list[dict]:
+    """Write each row as it comes, with the environment behind it, and return them all.
+
+    They go to `<name>.partial.csv`, which takes the place of `path` when the last one is there. So
+    a run that ends early leaves what it has measured, and an older result as it was.
+    """
+    partial = path.with_suffix(f".partial{path.suffix}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = partial.open("a", newline="")  # an older one is kept until there is a first row
+    except OSError as error:
+        print(f"cannot write {partial}: {error.strerror}; see --results", file=sys.stderr)
+        raise SystemExit(2) from None
+    written, columns, writer = [], {}, None
+    try:
+        with file:
+            for row in rows:
+                if writer is None or row.keys() - columns.keys():
+                    columns |= row
+                    writer = csv.DictWriter(file, [*columns, *environment()], lineterminator="\n")
+                    file.truncate(0)
+                    writer.writeheader()
+                    writer.writerows(earlier | environment() for earlier in written)
+                writer.writerow(row | environment())
+                file.flush()
+                written.append(row)
+    except BaseException:
+        if written:
+            print(f"\nended early: {len(written)} rows in {partial}", file=sys.stderr)
+        raise
+    finally:
+        if partial.stat().st_size == 0:
+            partial.unlink()
+    if written:
+        replaces = ", in place of an older file" if path.exists() else ""
+        os.replace(partial, path)
+        print(f"\n{len(written)} rows in {path}{replaces}")
+    return written
+
+
+def run(main: Callable[[], Sequence[dict]]) -> NoReturn:
+    """Run a script, which returns its rows, and exit with a status that scripts can use.
+
+    0: all is well; 1: something failed, as Python and the column `error` say; 2: what was asked for
+    cannot be done; 130: interrupted.
+    """
+    try:
+        rows = main()
+    except KeyboardInterrupt:
+        sys.exit(130)
+    sys.exit(any(row.get("error") for row in rows))
+
+
+def progress(cases: Iterable, total: int) -> Iterable:
+    """`cases` with a progress bar, where tqdm is installed and stderr is a terminal."""
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        return cases
+    return tqdm(cases, total=total, unit="case", leave=False, disable=None)
 
 
 def table(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
