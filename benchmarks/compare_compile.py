@@ -151,21 +151,24 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def main() -> None:
-    arguments = parse_arguments()
-    environment.print_environment()
-    torch.manual_seed(0)
-    rows = []
+def measure_all(arguments: argparse.Namespace) -> Iterator[dict]:
     for dtype in (DTYPES[name] for name in arguments.dtypes):
         cases = elementwise_cases(dtype, arguments.numel)
         if arguments.network:
             cases = itertools.chain(cases, network_cases(dtype))
         for case, direction in itertools.product(cases, DIRECTIONS):
             print(case.function, case.name, dtype, direction, file=sys.stderr)
-            rows.append(measure(case, direction, arguments.rounds))
-    environment.write_csv(arguments.results / "compile.csv", rows)
+            yield measure(case, direction, arguments.rounds)
+
+
+def main() -> list[dict]:
+    arguments = parse_arguments()
+    environment.print_environment()
+    torch.manual_seed(0)
+    rows = environment.write_csv(arguments.results / "compile.csv", measure_all(arguments))
     print_results(rows)
+    return rows
 
 
 if __name__ == "__main__":
-    main()
+    environment.run(main)

@@ -128,7 +128,7 @@ def kernel_rows(rounds: int) -> Iterator[dict]:
                 yield row("kernels", activation.name, grad, times[call], reference, times[theirs])
 
 
-def import_row(runs: int = 5) -> dict:
+def import_rows(runs: int = 5) -> Iterator[dict]:
     command = [sys.executable, "-X", "importtime", "-c", "import torch, fused_act"]
     found = {"torch": [], "fused_act": []}
     for _ in range(runs):
@@ -137,7 +137,7 @@ def import_row(runs: int = 5) -> dict:
             (cumulative,) = re.findall(rf"(\d+) \| {name}$", report, re.MULTILINE)
             seconds.append(1e-6 * int(cumulative))
     torchs, ours = (statistics.median(seconds) for seconds in found.values())
-    return row("import", "import torch, fused_act", False, torchs + ours, "import torch", torchs)
+    yield row("import", "import torch, fused_act", False, torchs + ours, "import torch", torchs)
 
 
 def print_results(rows: list[dict]) -> None:
@@ -158,7 +158,7 @@ def print_results(rows: list[dict]) -> None:
         print(f"\n{path}\n\n{environment.table(header, lines)}")
 
 
-def main() -> None:
+def main() -> list[dict]:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -169,15 +169,16 @@ def main() -> None:
     arguments = parser.parse_args()
     environment.print_environment()
     compiled = partial(torch.compile, fullgraph=True, dynamic=False)
-    rows = [
-        *public_rows("fallback", lambda call: call, arguments.rounds),
-        *kernel_rows(arguments.rounds),
-        *public_rows("compiled", compiled, arguments.rounds),
-        import_row(),
-    ]
-    environment.write_csv(arguments.results / "overhead.csv", rows)
+    found = itertools.chain(
+        public_rows("fallback", lambda call: call, arguments.rounds),
+        kernel_rows(arguments.rounds),
+        public_rows("compiled", compiled, arguments.rounds),
+        import_rows(),
+    )
+    rows = environment.write_csv(arguments.results / "overhead.csv", found)
     print_results(rows)
+    return rows
 
 
 if __name__ == "__main__":
-    main()
+    environment.run(main)

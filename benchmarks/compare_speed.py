@@ -1,34 +1,51 @@
 """How long the kernels take, next to everything a user could pick instead.
 
-    python -m benchmarks.compare_speed [--sizes 2^14 2^27] [--dtypes bf16] [--quick]
+    python -m benchmarks.compare_speed [--quick | --full] [--sizes 2^14 2^27] [--dtypes bf16]
 
-The yardstick is a copy that moves the same bytes, timed next to each case: no kernel that has to
+The yardstick is a copy that moves the same bytes, timed among the others: no kernel that has to
 move these bytes is much faster. Every median comes as a share of it. Where that is over 100 %, the
 call moved fewer bytes than the formula says: `torch.compile` saves a byte for ReLU6's gradient.
 
-- GPU times are those between two events around the call, the L2 cache flushed before it. The host
-  runs ahead during the flush, which hides its own time where that is the shorter of the two. Small
-  tensors are slower than the copy because of what launching a kernel costs.
-- Kernels and ATen run without autograd, as raw ops. What is compiled or naive runs forward as in
-  training, and backward is `torch.autograd.grad` alone, through a graph that is kept.
+- kernel: raw ops without autograd, which write into an output that is there already. Backward, and
+  ReLU6's mask, are allocated, by ours and by the others alike. public: what users call, through
+  autograd; backward is `torch.autograd.grad` alone, through a graph that is kept.
+- call: on a GPU the time between two events around the call, the L2 cache flushed before it. The
+  host runs ahead during the flush, which hides its own time where that is the shorter of the two.
+  graph: small tensors once more, many runs in one CUDA graph, the L2 cache warm; what is left is
+  the kernel without its launch.
+- All take turns, in rounds, each round in another order: heat and clocks, or a busy machine, meet
+  all of them alike. The quantiles are those of all runs of all rounds.
 - forward is that of training, in which our ReLU6 also writes its mask; inference writes none.
-- Without a GPU no kernel runs: torch, compiled and naive are timed on one CPU thread, caches warm.
+- Without a GPU no kernel runs: what is compared is the fallback, what is compiled, and torch's own,
+  on one CPU thread, caches warm.
+
+By default every dtype at 256 MiB, and the first of them also at five sizes from 2^10 to 2^30 and in
+the other layouts; on a CPU at 2^20 elements, and four sizes from 2^10 to 2^22. What does not fit
+into memory or into the time limit gets rows that say so. Exit status: 0, 1 if something failed, 2
+if it cannot be done, 130 if interrupted; the rows so far are kept.
 """
 
 from __future__ import annotations
 
 import argparse
+import collections
+import contextlib
+import dataclasses
+import importlib.util
 import itertools
-import sys
-from collections.abc import Callable, Iterator
+import math
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import NamedTuple
 
 import torch
 import torch._functorch.config
 from torch import Tensor
-from torch.utils import benchmark
 
-from benchmarks import environment, providers
-from benchmarks.providers import DEVICE, DTYPES, Provider
+from benchmarks import environment, providers, timing
+from benchmarks.providers import DEVICE, DTYPES, FALLBACK, PROVIDERS, Provider
 from fused_act.activation import Activation
 from fused_act.activations import ACTIVATIONS
 from fused_act.backends import Kernels
@@ -38,37 +55,118 @@ Bytes an element, of `s` bytes, that have to be moved:
   inference, forward   2 s     (read x, write y);  forward with a mask of bits   + 1/8
   backward             3 s     (read grad_output and x, write grad_input);  from a mask   2 s + 1/8
 """
+ON_GPU = DEVICE.type == "cuda"
 LARGE = 2**28  # bytes of a tensor; several times what the largest L2 cache holds
+SMALL = 2**20  # elements; above, a launch is a small part of the time
+TENSORS = 24  # of the size of x, that all who take turns hold at the same time
+QUANTILES = torch.tensor([0.5, 0.2, 0.8], dtype=torch.float64)
 
-Times = tuple[float, float, float]  # median, 20 % and 80 % quantile, in ms
-QUANTILES = (0.5, 0.2, 0.8)
+OUT_OF_MEMORY = "out of memory"
 
-
-def gpu_timer(duration_ms: int) -> Callable[[Callable], Times]:
-    from triton.testing import do_bench
-
-    return lambda call: tuple(do_bench(call, rep=duration_ms, quantiles=list(QUANTILES)))
-
-
-def cpu_timer(duration_ms: int) -> Callable[[Callable], Times]:
-    # One thread, compiled code included: several wait for each other on a busy machine.
-    torch.set_num_threads(1)
-
-    def timer(call: Callable) -> Times:
-        stopwatch = benchmark.Timer("call()", globals={"call": call})
-        seconds = stopwatch.blocked_autorange(min_run_time=duration_ms / 1000).times
-        quantiles = torch.tensor(QUANTILES, dtype=torch.float64)
-        return tuple(
-            (1000 * torch.tensor(seconds, dtype=torch.float64).quantile(quantiles)).tolist()
-        )
-
-    return timer
+COPY = Provider("copy", lambda *_: None)
+OURS = {provider.name for provider in (*PROVIDERS, FALLBACK) if provider.is_ours}
 
 
-def directions(activation: Activation) -> list[str]:
-    """What is timed; inference is the same kernel as forward where no mask is written."""
-    inference = ["inference"] if activation.saves_mask else []
-    return [*inference, "forward", "backward", "forward+backward"]
+def channels_last(numel: int, **options) -> Tensor:
+    shape = (numel // 256, 16, 4, 4)
+    return torch.empty(shape, memory_format=torch.channels_last, **options).normal_()
+
+
+# Of about as many elements as they are asked for.
+LAYOUTS = {
+    "contiguous": torch.randn,
+    "channels_last": channels_last,
+    "odd": lambda numel, **options: torch.randn(numel // 16 * 16 - 1, **options),
+    "misaligned": lambda numel, **options: torch.randn(numel + 1, **options)[1:],
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """What everyone who is compared computes."""
+
+    activation: Activation
+    dtype: str
+    size: int
+    layout: str
+
+    def tensor(self, device: torch.device | str = DEVICE) -> Tensor:
+        return LAYOUTS[self.layout](self.size, dtype=DTYPES[self.dtype], device=device)
+
+    def numel(self) -> int:
+        return self.tensor("meta").numel()
+
+    def bytes(self) -> int:
+        return self.size * DTYPES[self.dtype].itemsize
+
+    def directions(self) -> list[str]:
+        """Inference is the same kernel as forward where no mask is written."""
+        inference = ["inference"] if self.activation.saves_mask else []
+        return [*inference, "forward", "backward", "forward+backward"]
+
+
+class Method(NamedTuple):
+    """How times are taken: what makes the turns of each launch, how many, and how long they are."""
+
+    turns: dict[str, Callable[[Callable, float], timing.Turn]]
+    rounds: int
+    seconds: float
+
+
+@dataclasses.dataclass
+class Contender:
+    """One who takes turns.
+
+    Args:
+        make: `make(x, grad_output)` is the call to be timed.
+        autograd: whether it is made and called with autograd on.
+        samples: the seconds of its runs; none if it was `skipped` or met with an `error`.
+    """
+
+    provider: Provider
+    api: str
+    launch: str
+    bytes: int
+    make: Callable[[Tensor, Tensor], Callable]
+    autograd: bool = False
+    turn: timing.Turn | None = None
+    samples: list[float] = dataclasses.field(default_factory=list)
+    skipped: str = ""
+    error: str = ""
+
+    @contextlib.contextmanager
+    def at_work(self) -> Iterator[None]:
+        """Where it is made and takes its turns; what it raises ends its part, and no other's."""
+        try:
+            with self.provider.selected(), torch.set_grad_enabled(self.autograd):
+                yield
+        except Exception as error:
+            self.turn, self.samples = None, []
+            if is_out_of_memory(error):
+                self.skipped = OUT_OF_MEMORY
+            else:
+                self.error = providers.error_text(error)
+
+    def prepare(self, method: Method, x: Tensor, grad_output: Tensor) -> None:
+        with self.at_work():
+            call = self.make(x, grad_output)
+            call()  # compiles
+            self.turn = method.turns[self.launch](call, method.seconds)
+
+    def take_turn(self) -> None:
+        if self.turn is not None:
+            with self.at_work():
+                self.samples += self.turn()
+
+    def times(self) -> list[float]:
+        """Median, 20 % and 80 % quantile, in ms."""
+        milliseconds = 1000 * torch.tensor(self.samples, dtype=torch.float64)
+        return milliseconds.quantile(QUANTILES).tolist()
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    # A CPU's allocator raises a RuntimeError.
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def bytes_moved(direction: str, dtype: torch.dtype, numel: int, has_mask: bool) -> int:
@@ -84,30 +182,29 @@ def bytes_moved(direction: str, dtype: torch.dtype, numel: int, has_mask: bool) 
     }[direction]
 
 
-def copy_call(bytes_: int) -> Callable[[], Tensor]:
+def copy_call(bytes_: int, x: Tensor, grad_output: Tensor) -> Callable[[], Tensor]:
     """A copy that reads half of `bytes_` and writes the other half."""
-    source = torch.randint(256, (bytes_ // 2,), dtype=torch.uint8, device=DEVICE)
-    target = torch.empty_like(source)
-    return lambda: target.copy_(source)
+    source = torch.randint(256, (bytes_ // 2,), dtype=torch.uint8, device=x.device)
+    return partial(torch.empty_like(source).copy_, source)
 
 
-def raw_call(
+def kernel_call(
     kernels: Kernels, parameters: tuple[float, ...], direction: str, x: Tensor, grad_output: Tensor
 ) -> Callable[[], object]:
     """The ops behind one direction, below autograd."""
-    if direction == "inference" or kernels.forward_with_mask is None:
-        forward, saved, layout = kernels.forward, x, ()
+    saved, layout = x, ()
+    if kernels.forward_with_mask is not None and direction != "inference":
+        op = partial(kernels.forward_with_mask_out, out=torch.empty_like(x))
+        saved, layout = op(x, *parameters), (x.stride(),)
+    elif kernels.forward_out is not None:
+        op = partial(kernels.forward_out, out=torch.empty_like(x))
     else:
-        forward = kernels.forward_with_mask
-        saved, layout = forward(x, *parameters)[1], (x.stride(),)
-    if direction == "backward":
-        return lambda: kernels.backward(grad_output, saved, *parameters, *layout)
-    if direction == "forward+backward":
-        return lambda: (
-            forward(x, *parameters),
-            kernels.backward(grad_output, saved, *parameters, *layout),
-        )
-    return lambda: forward(x, *parameters)
+        op = kernels.forward
+    forward = partial(op, x, *parameters)
+    if direction in ("inference", "forward"):
+        return forward
+    backward = partial(kernels.backward, grad_output, saved, *parameters, *layout)
+    return backward if direction == "backward" else lambda: (forward(), backward())
 
 
 def public_call(
@@ -115,69 +212,140 @@ def public_call(
 ) -> Callable[[], object]:
     """One direction of `function` as a user runs it."""
     if direction == "inference":
-        return lambda: function(x)
+        return partial(function, x)
     x = x.detach().requires_grad_()
     if direction == "backward":
         y = function(x)
         return lambda: torch.autograd.grad(y, x, grad_output, retain_graph=True)
     if direction == "forward+backward":
         return lambda: torch.autograd.grad(function(x), x, grad_output)
-    return lambda: function(x)
+    return partial(function, x)
+
+
+def offers(kernels: Kernels, direction: str) -> bool:
+    """Whether the ops of one direction are all there."""
+    forward, backward = kernels.forward is not None, kernels.backward is not None
+    return {"backward": backward, "forward+backward": forward and backward}.get(direction, forward)
+
+
+def contenders(
+    case: Case, direction: str, functions: dict[Provider, Callable | None], launches: Sequence[str]
+) -> list[Contender]:
+    """All that are timed in one direction, and the copies of as many bytes.
+
+    Args:
+        functions: the public function of each provider; None where it has none.
+    """
+    found = []
+    for provider, function in functions.items():
+        kernels = provider.kernels(case.activation) if provider.kernels else None
+        has_mask = kernels is not None and kernels.forward_with_mask is not None
+        bytes_ = bytes_moved(direction, DTYPES[case.dtype], case.numel(), has_mask)
+        if kernels is not None and offers(kernels, direction):
+            parameters = providers.parameters(case.activation)
+            make = partial(kernel_call, kernels, parameters, direction)
+            found += [Contender(provider, "kernel", launch, bytes_, make) for launch in launches]
+        if function is not None:
+            make, autograd = partial(public_call, function, direction), direction != "inference"
+            for launch in launches:
+                # Autograd runs backward on the stream of forward, which is not that of a capture.
+                if (launch, direction) != ("graph", "backward"):
+                    found.append(Contender(provider, "public", launch, bytes_, make, autograd))
+    copies = dict.fromkeys((one.launch, one.bytes) for one in found)
+    return [
+        *(Contender(COPY, "kernel", *copy, partial(copy_call, copy[1])) for copy in copies),
+        *found,
+    ]
 
 
 def measure(
-    provider: Provider,
-    activation: Activation,
-    x: Tensor,
-    grad_output: Tensor,
-    timer: Callable[[Callable], Times],
-    copies: dict[int, float],
+    case: Case, compared: Sequence[Provider], method: Method, skipped: str = ""
 ) -> Iterator[dict]:
-    """One row for each direction of one provider.
+    """One row for each contender in each direction of `case`.
 
     Args:
-        copies: the median of a copy by its bytes; what is missing is measured and added.
+        skipped: why nothing is to be measured, if so.
     """
-    function = provider.function(activation, False)
-    if function is None:
-        return
-    function = provider.prepare(function)
-    parameters = providers.parameters(activation)
-    kernels = provider.kernels and provider.kernels(activation)
-    has_mask = kernels is not None and kernels.forward_with_mask is not None
-    for direction in directions(activation):
-        bytes_ = bytes_moved(direction, x.dtype, x.numel(), has_mask)
-        times, error = (), ""
+    tensors = ()
+    if not skipped:
         try:
-            if bytes_ not in copies:
-                copies[bytes_], *_ = timer(copy_call(bytes_))
-            with_graph = kernels is None and direction != "inference"
-            with provider.selected(), torch.set_grad_enabled(with_graph):
-                if kernels is not None:
-                    call = raw_call(kernels, parameters, direction, x, grad_output)
-                else:
-                    call = public_call(function, direction, x, grad_output)
-                times = timer(call)
-        except Exception as caught:
-            error = providers.error_text(caught)
-        yield {
-            "provider": provider.name,
-            "activation": activation.name,
-            "dtype": providers.dtype_name(x.dtype),
-            "direction": direction,
-            "numel": x.numel(),
-            **dict(zip(("median_ms", "q20_ms", "q80_ms"), times or ("", "", ""))),
-            "bytes": bytes_,
-            "gbps": bytes_ / times[0] / 1e6 if times else "",
-            "share_of_copy": copies[bytes_] / times[0] if times else "",
-            "error": error,
+            tensors = case.tensor(), case.tensor()
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            skipped = OUT_OF_MEMORY
+    torch.compiler.reset()  # compiled code shares one cache, which after 8 entries is not used
+    functions = {}
+    for provider in compared:
+        function = provider.function(case.activation, False)
+        functions[provider] = function and provider.compile(function)
+    launches = [name for name in method.turns if name != "graph" or case.numel() <= SMALL]
+    for direction in case.directions():
+        found = contenders(case, direction, functions, launches)
+        if skipped:
+            found = [dataclasses.replace(one, skipped=skipped) for one in found]
+        else:
+            for one in found:
+                one.prepare(method, *tensors)
+            timing.in_rounds([one.take_turn for one in found], method.rounds)
+        copies = {
+            (one.launch, one.bytes): one.times()[0]
+            for one in found
+            if one.provider is COPY and one.samples
         }
+        clocks = environment.clocks()
+        for one in found:
+            yield row(case, direction, one, copies.get((one.launch, one.bytes))) | clocks
+
+
+def row(case: Case, direction: str, contender: Contender, copy: float | None) -> dict:
+    """Args: copy: the median of the copy of as many bytes, in ms."""
+    times = contender.times() if contender.samples else None
+    return {
+        "provider": contender.provider.name,
+        "activation": case.activation.name,
+        "dtype": case.dtype,
+        "direction": direction,
+        "layout": case.layout,
+        "numel": case.numel(),
+        "api": contender.api,
+        "launch": contender.launch,
+        **dict(zip(("median", "q20", "q80"), times or ("", "", ""))),
+        "unit": "ms",
+        "samples": len(contender.samples),
+        "bytes": contender.bytes,
+        "gbps": contender.bytes / times[0] / 1e6 if times else "",
+        "share_of_copy": copy / times[0] if times and copy else "",
+        "skipped": contender.skipped,
+        "error": contender.error,
+    }
+
+
+def reason_to_skip(case: Case, deadline: float) -> str:
+    if time.monotonic() > deadline:
+        return "over the time limit"
+    needed, there = (bytes_ / 2**30 for bytes_ in (TENSORS * case.bytes(), memory_bytes()))
+    if needed > there:
+        return f"over the cap: {TENSORS} such tensors take {needed:.0f} of {there:.0f} GiB"
+    return ""
+
+
+def memory_bytes() -> int:
+    if ON_GPU:
+        return torch.cuda.get_device_properties(DEVICE).total_memory
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def size(text: str) -> int:
     """A number of elements: `1048576` or `2^20`."""
     base, _, exponent = text.partition("^")
-    return int(base) ** int(exponent or 1)
+    try:
+        numel = int(base) ** int(exponent or 1)
+    except ValueError:
+        numel = 0
+    if not 2**8 <= numel <= 2**40:
+        raise argparse.ArgumentTypeError(f"expected 2^8 to 2^40, or a number such, got {text!r}")
+    return numel
 
 
 def size_name(numel: int) -> str:
@@ -185,79 +353,134 @@ def size_name(numel: int) -> str:
     return f"2^{exponent}" if numel == 2**exponent else str(numel)
 
 
-def cases(arguments: argparse.Namespace) -> list[tuple[str, int]]:
-    """The pairs of dtype and size to measure.
-
-    By default the first dtype stands for all at small sizes, where the launch is what counts.
-    """
-    on_gpu = DEVICE.type == "cuda"
-    dtypes = arguments.dtypes or (["bf16"] if arguments.quick else list(DTYPES))
+def grid(arguments: argparse.Namespace) -> list[tuple[str, int, str]]:
+    """Dtype, size and layout of what is measured, what matters most first."""
+    dtypes, layouts = arguments.dtypes or list(DTYPES), arguments.layouts or list(LAYOUTS)
     if arguments.sizes:
-        return [(dtype, numel) for dtype in dtypes for numel in arguments.sizes]
-    if not on_gpu:
-        return [(dtype, 2**20) for dtype in dtypes]
-    small = [] if arguments.quick else [(dtypes[0], 2**14), (dtypes[0], 2**20)]
-    return [*small, *((dtype, LARGE // DTYPES[dtype].itemsize) for dtype in dtypes)]
+        return list(itertools.product(dtypes, arguments.sizes, arguments.layouts or layouts[:1]))
+    if arguments.full:
+        return list(itertools.product(dtypes, (2**n for n in range(10, 31)), layouts))
+    large = {name: LARGE // DTYPES[name].itemsize if ON_GPU else 2**20 for name in dtypes}
+    first = dtypes[0]
+    if arguments.quick:
+        sizes = [large[first], 2**14] if ON_GPU else [large[first]]
+        return [(first, numel, layouts[0]) for numel in sizes]
+    sizes = [2**n for n in (10, 14, 18, 22, *([30] if ON_GPU else []))]
+    found = [
+        *((dtype, large[dtype], layouts[0]) for dtype in dtypes),
+        *((first, numel, layouts[0]) for numel in sizes),
+        *((first, large[first], layout) for layout in layouts[1:]),
+    ]
+    return list(dict.fromkeys(found))
 
 
-def case_of(row: dict) -> tuple:
-    return row["activation"], row["direction"], row["dtype"], row["numel"]
+def measure_all(
+    cases: Sequence[Case], compared: Sequence[Provider], method: Method, time_limit: float
+) -> Iterator[dict]:
+    deadline = time.monotonic() + time_limit
+    # Graphs are kept, which compiled code that reuses its saved buffers would not allow.
+    with torch._functorch.config.patch(donated_buffer=False):
+        for case in environment.progress(cases, len(cases)):
+            yield from measure(case, compared, method, reason_to_skip(case, deadline))
 
 
-def by_case(rows: list[dict]) -> dict[tuple, dict[str, dict]]:
-    """The rows by what was computed, then by who computed it."""
+def comparison(row: dict) -> tuple:
+    """What has to be alike for two rows to be compared."""
+    columns = ("api", "launch", "activation", "direction", "dtype", "numel", "layout")
+    return tuple(row[column] for column in columns)
+
+
+def by_comparison(rows: list[dict]) -> dict[tuple, dict[str, dict]]:
+    """The rows by what was computed and how, then by who computed it."""
     found = {}
     for row in rows:
-        found.setdefault(case_of(row), {})[row["provider"]] = row
+        found.setdefault(comparison(row), {})[row["provider"]] = row
     return found
 
 
-def case_name(case: tuple) -> str:
-    activation, direction, dtype, numel = case
-    return f"{activation} {direction} {dtype} {size_name(numel)}"
+def describe(compared: tuple) -> str:
+    _, _, activation, direction, dtype, numel, layout = compared
+    return f"{activation} {direction} {dtype} {size_name(numel)} {layout}"
 
 
 def cell(row: dict | None) -> str:
     if row is None:
         return "-"
-    if row["error"]:
-        return "failed"
-    return f"{row['median_ms']:.4f} {row['share_of_copy']:5.0%}"
+    if row["error"] or row["skipped"]:
+        return "failed" if row["error"] else "skipped"
+    share = f" {row['share_of_copy']:5.0%}" if row["share_of_copy"] else ""
+    return f"{row['median']:.4f}{share}"
 
 
-def print_results(rows: list[dict], names: list[str]) -> None:
-    print("\nMedian in ms and share of a copy of the same bytes (100 % is the yardstick)\n")
-    lines = [
-        (case_name(case), *(cell(found.get(name)) for name in names))
-        for case, found in by_case(rows).items()
-    ]
-    print(environment.table(["", *names], lines))
+def print_results(rows: list[dict]) -> None:
+    compared = by_comparison(rows)
+    for api, launch in dict.fromkeys(key[:2] for key in compared):
+        found = {key: by_name for key, by_name in compared.items() if key[:2] == (api, launch)}
+        names = dict.fromkeys(name for by_name in found.values() for name in by_name)
+        lines = [
+            (describe(key), *(cell(by_name.get(provider)) for provider in names))
+            for key, by_name in found.items()
+        ]
+        print(f"\n{api}, {launch}: median in ms, and share of a copy of the same bytes\n")
+        print(environment.table(["", *names], lines))
     providers.print_errors(rows)
+    for reason, count in collections.Counter(row["skipped"] for row in rows).items():
+        if reason:
+            print(f"{count} rows skipped: {reason}")
 
 
-def print_losses(rows: list[dict]) -> None:
-    """Every case in which the best of ours is slower than the best alternative."""
-    ours = {provider.name for provider in providers.PROVIDERS if provider.is_ours}
-    losses, compared = [], 0
-    for case, found in by_case(rows).items():
-        valid = [row for row in found.values() if not row["error"]]
-        own = [row for row in valid if row["provider"] in ours]
-        alternatives = [row for row in valid if row["provider"] not in ours]
-        if not own or not alternatives:
-            continue
-        compared += 1
-        best, other = (
-            min(group, key=lambda row: row["median_ms"]) for group in (own, alternatives)
+class Verdict(NamedTuple):
+    """One of ours beside the best alternative; `ratio` > 1 is what it gains."""
+
+    ratio: float
+    word: str
+
+    def __str__(self) -> str:
+        return f"{self.ratio:.2f}x {self.word:6}"
+
+
+def verdict(own: dict, other: dict) -> Verdict:
+    """Even where the ranges from the 20 % to the 80 % quantile overlap."""
+    word = "even"
+    if own["q80"] < other["q20"]:
+        word = "faster"
+    elif own["q20"] > other["q80"]:
+        word = "slower"
+    return Verdict(other["median"] / own["median"], word)
+
+
+def verdicts(rows: list[dict]) -> list[tuple[tuple, dict, dict[str, Verdict]]]:
+    """What was compared, the row of the best alternative, and what that makes of each of ours."""
+    found = []
+    for compared, by_provider in by_comparison(rows).items():
+        timed = {name: row for name, row in by_provider.items() if row["samples"]}
+        ours = [name for name in timed if name in OURS]
+        others = [row for name, row in timed.items() if name not in OURS and name != COPY.name]
+        if ours and others:
+            best = min(others, key=lambda row: row["median"])
+            found.append((compared, best, {name: verdict(timed[name], best) for name in ours}))
+    return sorted(found, key=lambda one: max(one[2].values()))
+
+
+def print_verdicts(rows: list[dict]) -> None:
+    found = verdicts(rows)
+    names = dict.fromkeys(name for *_, by_name in found for name in by_name)
+    lines = [
+        (
+            f"{compared[0]}, {compared[1]}: {describe(compared)}",
+            *(str(by_name.get(name, "-")) for name in names),
+            f"{best['provider']} {best['median']:.4f}",
         )
-        ratio = other["median_ms"] / best["median_ms"]
-        if ratio < 1:
-            losses.append(
-                f"  {ratio:.3f}x  {case_name(case)}: "
-                f"{best['provider']} {best['median_ms']:.4f} ms, "
-                f"{other['provider']} {other['median_ms']:.4f} ms"
-            )
-    print(f"\nThe best of ours is slower than the best alternative in {len(losses)} of {compared}:")
-    print("\n".join(losses) or "  none")
+        for compared, best, by_name in found
+    ]
+    print("\nOurs beside the best alternative: what is lost comes first, then what is gained\n")
+    print(environment.table(["", *names, "best alternative, ms"], lines))
+    print("\nEven means that the ranges from the 20 % to the 80 % quantile overlap.")
+    for name in names:
+        words = collections.Counter(by_name[name].word for *_, by_name in found if name in by_name)
+        print(
+            name, *(f"{word} in {words[word]}" for word in ("slower", "even", "faster")), sep=", "
+        )
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -265,56 +488,67 @@ def parse_arguments() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     environment.add_results_argument(parser)
-    parser.add_argument(
-        "--sizes",
-        type=size,
-        nargs="+",
-        metavar="N",
-        help="numbers of elements, as 1048576 or 2^20, each for every dtype; by default 2^28 bytes "
-        "for every dtype, and 2^14 and 2^20 elements for the first; on a CPU 2^20 elements",
+    extent = parser.add_mutually_exclusive_group()
+    extent.add_argument("--quick", action="store_true", help="one dtype, one or two sizes")
+    extent.add_argument(
+        "--full", action="store_true", help="every dtype, every 2^n, every layout: an hour or more"
     )
-    parser.add_argument("--dtypes", choices=DTYPES, nargs="+", help="default: all")
-    parser.add_argument(
-        "--quick", action="store_true", help="bf16 at one size, and fewer repetitions"
+    extent.add_argument(
+        "--sizes", type=size, nargs="+", metavar="N", help="numbers of elements, 1048576 or 2^20"
     )
-    return parser.parse_args()
+    parser.add_argument("--dtypes", choices=DTYPES, nargs="+", help="default: all, bf16 first")
+    parser.add_argument(
+        "--layouts", choices=LAYOUTS, nargs="+", help="default: all; or, with --sizes, contiguous"
+    )
+    names = [activation.name for activation in ACTIVATIONS]
+    parser.add_argument(
+        "--activations", choices=names, nargs="+", default=names, help="default: all"
+    )
+    names = [provider.name for provider in (*PROVIDERS, FALLBACK)]
+    parser.add_argument("--providers", choices=names, nargs="+", default=names, help="default: all")
+    parser.add_argument(
+        "--time-limit",
+        type=float,
+        metavar="SECONDS",
+        help="start no further case after so long; default: 180 on a GPU, but for --full",
+    )
+    arguments = parser.parse_args()
+    if arguments.time_limit is None:
+        arguments.time_limit = 180.0 if ON_GPU and not arguments.full else math.inf
+    return arguments
 
 
-def measure_all(
-    pairs: list[tuple[str, int]], compared: list[Provider], timer: Callable[[Callable], Times]
-) -> Iterator[dict]:
-    for activation, (dtype, numel) in itertools.product(ACTIVATIONS, pairs):
-        print(f"{activation.name} {dtype} {size_name(numel)}", file=sys.stderr)
-        x = torch.randn(numel, dtype=DTYPES[dtype], device=DEVICE)
-        grad_output = torch.randn_like(x)
-        copies = {}
-        for provider in compared:
-            yield from measure(provider, activation, x, grad_output, timer, copies)
-
-
-def main() -> None:
+def main() -> list[dict]:
     arguments = parse_arguments()
+    if ON_GPU and importlib.util.find_spec("triton") is None:
+        environment.refuse("on a GPU triton.testing takes the times: pip install triton")
     environment.print_environment()
-    on_gpu = DEVICE.type == "cuda"
-    compared = providers.available()
-    if not on_gpu:
-        compared = [provider for provider in compared if provider.backend == "auto"]
-        print("NO GPU: no kernel ran. These are times of torch on one CPU thread, caches warm.")
+    there = [*providers.available(), *([] if ON_GPU else [FALLBACK])]
+    compared = [provider for provider in there if provider.name in arguments.providers]
+    if not compared:
+        environment.refuse(f"none of {', '.join(arguments.providers)} can run here")
+    if ON_GPU:
+        turns = {"call": timing.gpu_turn, "graph": timing.graph_turn}
+        method = Method(turns, rounds=3 if arguments.quick else 5, seconds=0.003)
+    else:
+        print("NO GPU: these are times of one CPU thread, caches warm; no kernel ran on a GPU.")
+        torch.set_num_threads(1)  # several wait for each other on a busy machine
+        turns = {"call": timing.cpu_turn}
+        method = Method(turns, rounds=5 if arguments.quick else 9, seconds=0.005)
     print(BYTES)
-    timer = (gpu_timer if on_gpu else cpu_timer)(20 if arguments.quick else 50)
     torch.manual_seed(0)
-    rows = []
-    try:
-        # Graphs are kept, which compiled code that reuses its saved buffers would not allow.
-        with torch._functorch.config.patch(donated_buffer=False):
-            for row in measure_all(cases(arguments), compared, timer):
-                rows.append(row)
-    finally:
-        # A kernel that faults ends all use of the GPU, but not what was measured before.
-        environment.write_csv(arguments.results / "speed.csv", rows)
-    print_results(rows, [provider.name for provider in compared])
-    print_losses(rows)
+    cases = [
+        Case(activation, *what)
+        for what in grid(arguments)
+        for activation in ACTIVATIONS
+        if activation.name in arguments.activations
+    ]
+    found = measure_all(cases, compared, method, arguments.time_limit)
+    rows = environment.write_csv(arguments.results / "speed.csv", found)
+    print_results(rows)
+    print_verdicts(rows)
+    return rows
 
 
 if __name__ == "__main__":
-    main()
+    environment.run(main)

@@ -131,8 +131,8 @@ def write_csv(path: Path, rows: Iterable[dict]) -> list[dict]:
         path.parent.mkdir(parents=True, exist_ok=True)
         file = partial.open("a", newline="")  # an older one is kept until there is a first row
     except OSError as error:
-        print(f"cannot write {partial}: {error.strerror}; see --results", file=sys.stderr)
-        raise SystemExit(2) from None
+        reason = f"{error.filename}: {error.strerror}"
+        refuse(f"cannot write {path.name} ({reason}); choose another --results")
     written, columns, writer = [], {}, None
     try:
         with file:
@@ -171,6 +171,12 @@ def run(main: Callable[[], Sequence[dict]]) -> NoReturn:
     except KeyboardInterrupt:
         sys.exit(130)
     sys.exit(any(row.get("error") for row in rows))
+
+
+def refuse(reason: str) -> NoReturn:
+    """End with one line and the status of what cannot be done."""
+    print(reason, file=sys.stderr)
+    sys.exit(2)
 
 
 def progress(cases: Iterable, total: int) -> Iterable:

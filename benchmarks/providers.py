@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 from collections import Counter
 from collections.abc import Callable
 
@@ -32,6 +33,17 @@ NAIVE = {
 }
 
 
+# torch's ops that write into an output they are given.
+ATEN_OUT = {
+    "mish": torch.ops.aten.mish.out,
+    "swish": lambda x, beta, out: torch.ops.aten.silu.out(x, out=out),
+    "relu6": lambda x, out: torch.ops.aten.hardtanh.out(x, 0.0, 6.0, out=out),
+}
+
+# FlagGems' ops, forward and backward, under the names that its releases give them, if they do.
+FLAG_GEMS = {"mish": ("mish", ""), "swish": ("silu", "silu_backward"), "relu6": ("relu6", "")}
+
+
 @dataclasses.dataclass(frozen=True)
 class Provider:
     """One way to compute the activations.
@@ -41,9 +53,11 @@ class Provider:
         function: `function(activation, inplace)` is the differentiable `x -> y`, as users call it,
             or None if there is none. It is to be called while `backend` is selected.
         is_ours: it is what fused_act is for, and not what a user could pick instead.
-        kernels: the raw ops of an activation, without autograd, if they are all there is to it.
+        kernels: the raw ops of an activation, without autograd, if there are any; None in place of
+            those that are missing.
         backend: what `fused_act.use_backend` is to select.
-        compiles: it is `torch.compile` of `function`; see `prepare`.
+        compiles: it is `torch.compile` of `function`; see `compile`.
+        package: what has to be imported for it.
     """
 
     name: str
@@ -52,25 +66,37 @@ class Provider:
     kernels: Callable[[Activation], Kernels] | None = None
     backend: str = "auto"
     compiles: bool = False
+    package: str | None = None
 
     def unavailable(self) -> str | None:
         """Why it cannot run here, or None if it can."""
+        if self.package is not None:
+            try:
+                importlib.import_module(self.package)
+            except Exception as error:  # a package may raise anything where it does not fit
+                return error_text(error)
         return None if self.backend == "auto" else backends.get(self.backend).unavailable()
 
     def selected(self) -> fused_act.use_backend:
         return fused_act.use_backend(self.backend)
 
-    def prepare(self, function: Callable) -> Callable:
+    def compile(self, function: Callable) -> Callable:
         """`function`, which may be more than the activation, as this provider's user runs it.
 
-        Compiled code shares one cache, which after 8 entries falls back to eager, so it is emptied
-        here. Static shapes are what Inductor is best at. A graph break is an error, not a slower
-        result.
+        Static shapes are what Inductor is best at. A graph break is an error, not a slower result.
         """
         if not self.compiles:
             return function
-        torch.compiler.reset()
         return torch.compile(function, fullgraph=True, dynamic=False)
+
+    def prepare(self, function: Callable) -> Callable:
+        """`compile`, where nothing that was compiled before is needed any more.
+
+        Compiled code shares one cache, which after 8 entries falls back to eager, so it is emptied.
+        """
+        if self.compiles:
+            torch.compiler.reset()
+        return self.compile(function)
 
 
 def parameters(activation: Activation) -> tuple[float, ...]:
@@ -91,6 +117,22 @@ def naive(activation: Activation, inplace: bool) -> Callable[[Tensor], Tensor] |
     return None if inplace else NAIVE.get(activation.name)
 
 
+def aten_kernels(activation: Activation) -> Kernels:
+    return activation.eager._replace(forward_out=ATEN_OUT.get(activation.name))
+
+
+def flag_gems_kernels(activation: Activation) -> Kernels:
+    gems = importlib.import_module("flag_gems.ops")
+    names = FLAG_GEMS.get(activation.name, ("", ""))
+    forward, backward = (getattr(gems, name, None) for name in names)
+    # They have no parameters to take: Swish is SiLU there.
+    return Kernels(
+        forward and (lambda x, *parameters: forward(x)),
+        None,
+        backward and (lambda grad_output, x, *parameters: backward(grad_output, x)),
+    )
+
+
 def raw_ops(namespace: str) -> Callable[[Activation], Kernels]:
     return lambda activation: ops.kernels(namespace)[activation.name]
 
@@ -99,10 +141,14 @@ PROVIDERS = (
     Provider("triton", fused, True, raw_ops("fused_act_triton"), backend="triton"),
     Provider("cuda", fused, True, raw_ops("fused_act_cuda"), backend="cuda"),
     Provider("compile(fused_act)", fused, True, compiles=True),
-    Provider("aten", aten, kernels=lambda activation: activation.eager),
+    Provider("aten", aten, kernels=aten_kernels),
     Provider("compile(aten)", aten, compiles=True),
     Provider("naive", naive),
+    Provider("flag_gems", lambda *_: None, kernels=flag_gems_kernels, package="flag_gems"),
 )
+
+# What fused_act does where no kernel runs.
+FALLBACK = Provider("fallback", fused, True)
 
 
 def available() -> list[Provider]:
