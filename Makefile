@@ -21,7 +21,7 @@ TORCHVISION ?= torchvision==0.28.0
 TRITON ?= triton==3.7.1
 CSRC := $(wildcard csrc/*)
 # What runs the Triton kernels in the interpreter, in a process of its own.
-INTERPRETED := $(addprefix tests/test_,$(addsuffix .py,accuracy_kernels autograd faults kernels layouts properties))
+INTERPRETED := $(addprefix tests/test_,$(addsuffix .py,accuracy_kernels autograd benchmarks faults kernels layouts properties))
 
 .PHONY: demo test mutate gpu sanitize lint bench clean
 
