@@ -1,8 +1,10 @@
 """The comparison scripts: what they measure and skip, and what an early end leaves behind."""
 
 import csv
+import importlib
 import inspect
 import itertools
+import runpy
 import signal
 import sys
 import types
@@ -521,3 +523,116 @@ def test_verdicts_are_of_ours_beside_the_best_alternative(times, expected):
     ((_, best, ours),) = compare_speed.verdicts(rows)
     assert best["provider"] == "aten"
     assert {name: str(one).strip() for name, one in ours.items()} == {"triton": expected}
+
+
+# Pictures
+
+
+@pytest.fixture
+def plots():
+    pytest.importorskip("matplotlib", reason="needs matplotlib")
+    return importlib.import_module("benchmarks.plot_results")
+
+
+def speed_row(provider, median, **fields):
+    """A row of speed.csv whose copy takes 1 ms."""
+    row = {"provider": provider, "activation": "mish", "dtype": "bf16", "direction": "forward"}
+    row |= {"layout": "contiguous", "numel": 2**20, "api": "public", "launch": "call"}
+    row |= {
+        "median": median,
+        "q20": 0.8 * median,
+        "q80": 1.25 * median,
+        "share_of_copy": 1 / median,
+    }
+    row |= {"gpu": "", "cpu": "EPYC", "torch": "2", "commit": "c"} | fields
+    return {column: str(value) for column, value in row.items()}
+
+
+def test_picture_by_size(plots):
+    rows = [speed_row("aten", 5.0, numel=numel) for numel in (2**22, 2**20)]
+    rows += [speed_row("cuda", 2.0, numel=2**20), speed_row("cuda", 1.25, numel=2**22)]
+    rows += [
+        speed_row("cuda", 9.0, layout="odd"), speed_row("cuda", 9.0, api="kernel"),
+        speed_row("cuda", 9.0, launch="graph"), speed_row("cuda", 9.0, dtype="fp32"),
+        speed_row("naive", 9.0, share_of_copy=""),
+    ]  # fmt: skip
+    figure = plots.speed_by_size(rows)
+    axes = figure.axes[0]
+    assert axes.get_title() == "mish forward"
+    assert "NO GPU: EPYC" in figure.get_suptitle()
+    assert "commit c" in figure.get_suptitle()
+    assert axes.get_xscale() == "log"
+    lines = {line.get_label(): line for line in axes.get_lines() if line.get_marker() != "None"}
+    assert list(lines) == ["cuda", "aten"]
+    assert list(lines["cuda"].get_xdata()) == [2**20, 2**22]
+    assert list(lines["cuda"].get_ydata()) == pytest.approx([50, 80])
+    band = axes.collections[0].get_datalim(axes.transData)
+    assert (band.y0, band.y1) == pytest.approx((40, 100))  # of 2.5 ms, and of 1 ms
+    with pytest.raises(plots.NothingToDraw, match="one size"):
+        plots.speed_by_size(rows[:1])
+
+
+def test_picture_by_dtype(plots):
+    rows = [
+        speed_row("cuda", 2.0, dtype="bf16", numel=2**27),
+        speed_row("cuda", 2.0, dtype="fp32", numel=2**26),
+        speed_row("aten", 4.0, dtype="fp32", numel=2**26),
+        speed_row("cuda", 9.0, dtype="bf16", numel=2**10),
+    ]
+    axes = plots.speed_by_dtype(rows).axes[0]
+    labels = [label.get_text() for label in axes.get_xticklabels()]
+    assert labels == ["bf16, $2^{27}$", "fp32, $2^{26}$"]
+    bars = [(round(bar.get_center()[0]), bar.get_height()) for bar in axes.patches]
+    assert bars == [(0, pytest.approx(50)), (1, pytest.approx(50)), (1, pytest.approx(25))]
+
+
+def memory_row(provider, saved_bytes, inplace=False):
+    row = {"provider": provider, "activation": "relu6", "dtype": "bf16", "case": "alone"}
+    row |= {"inplace": inplace, "saved_bytes": saved_bytes}
+    row |= {"gpu": "H200", "torch": "2", "commit": "c"}
+    return {column: str(value) for column, value in row.items()}
+
+
+def test_picture_of_memory(plots):
+    rows = [
+        memory_row("aten", 2.0),
+        memory_row("triton", 0.125),
+        memory_row("triton", 0.25, inplace=True),
+        memory_row("naive", ""),
+    ]
+    figure = plots.memory(rows)
+    (axes,) = figure.axes
+    bars = [(round(bar.get_center()[1]), bar.get_width()) for bar in axes.patches]
+    assert bars == [(0, 0.125), (1, 0.25), (0, 2.0)]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["alone", "alone\nin place"]
+    assert "H200, torch 2" in figure.get_suptitle()
+
+
+def test_all_that_can_be_drawn_is_drawn(plots, monkeypatch, tmp_path, capsys):
+    def draw():
+        monkeypatch.setattr(sys, "argv", ["plot_results", "--results", str(tmp_path)])
+        with pytest.raises(SystemExit) as ended:
+            environment.run(plots.main)
+        return ended.value.code, capsys.readouterr()
+
+    status, output = draw()
+    assert status == 2
+    assert f"{tmp_path / 'memory.csv'}: No such file or directory" in output.out
+    assert output.err == f"nothing to draw in {tmp_path}: run the comparisons first\n"
+
+    environment.write_csv(tmp_path / "memory.csv", [{"provider": "aten"}])
+    environment.write_csv(tmp_path / "speed.csv", [speed_row("aten", 2.0)])
+    status, output = draw()
+    assert status == 0
+    assert "memory.csv has no column 'saved_bytes'" in output.out
+    assert "no speed_by_size.png" in output.out
+    assert [path.name for path in tmp_path.glob("*.png")] == ["speed_by_dtype.png"]
+
+
+def test_without_matplotlib_pictures_are_refused(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.delitem(sys.modules, "benchmarks.plot_results", raising=False)
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module("benchmarks.plot_results", run_name="__main__")
+    assert ended.value.code == 2
+    assert "pictures need matplotlib" in capsys.readouterr().err

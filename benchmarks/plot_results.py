@@ -1,0 +1,273 @@
+"""Pictures of the results of the comparisons: of as many as are in the folder.
+
+    python -m benchmarks.plot_results [--results FOLDER]
+
+- speed_by_size.png and speed_by_dtype.png, from speed.csv: the speed of the public functions as a
+  share of that of a copy of the same bytes. Bands and whiskers reach from the 20 % to the 80 %
+  quantile of the time.
+- memory.png, from memory.csv: what autograd saves for backward.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import math
+from collections.abc import Callable, Iterable
+from functools import partial
+from pathlib import Path
+
+from benchmarks import environment
+from benchmarks.providers import DTYPES
+
+try:
+    import numpy as np
+    from matplotlib import rc_context
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+except ImportError as error:
+    environment.refuse(f"pictures need matplotlib and numpy: {error}")
+
+# From the palette of Okabe and Ito, whose colours all readers can tell apart.
+STYLES = {
+    "cuda": {"color": "#0072B2", "marker": "o"},
+    "triton": {"color": "#56B4E9", "marker": "s"},
+    "compile(fused_act)": {"color": "#009E73", "marker": "D"},
+    "fallback": {"color": "#000000", "marker": "v"},
+    "aten": {"color": "#D55E00", "marker": "^"},
+    "compile(aten)": {"color": "#E69F00", "marker": "P"},
+    "naive": {"color": "#999999", "marker": "X"},
+}
+RC = {
+    "axes.axisbelow": True,
+    "axes.grid": True,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "axes.titlesize": 9.5,
+    "font.size": 9,
+    "grid.color": "0.92",
+    "lines.linewidth": 1.5,
+    "lines.markersize": 4,
+    "savefig.dpi": 200,
+}
+DIRECTIONS = ("forward", "backward")
+
+
+class NothingToDraw(Exception):
+    """The message says why."""
+
+
+def select(rows: Iterable[dict], **wanted: str) -> list[dict]:
+    return [row for row in rows if all(row[column] == value for column, value in wanted.items())]
+
+
+def distinct(rows: Iterable[dict], column: str) -> list[str]:
+    return list(dict.fromkeys(row[column] for row in rows))
+
+
+def known(rows: list[dict]) -> list[str]:
+    """The providers that have a style, in its order."""
+    found = distinct(rows, "provider")
+    return [provider for provider in STYLES if provider in found]
+
+
+def numel(row: dict) -> int:
+    return int(row["numel"])
+
+
+def tensor_bytes(row: dict) -> int:
+    return numel(row) * DTYPES[row["dtype"]].itemsize
+
+
+def public(rows: list[dict]) -> list[dict]:
+    """The public functions of contiguous tensors, where they have a time."""
+    found = select(rows, api="public", launch="call", layout="contiguous")
+    found = [row for row in found if row["share_of_copy"]]
+    if not found:
+        raise NothingToDraw("it has no times of public functions")
+    return found
+
+
+def shares(rows: list[dict]) -> np.ndarray:
+    """Shares of a copy in percent, a line each: at the 80 % quantile, the median, the 20 %."""
+    times = np.array([[float(row[name]) for name in ("q80", "median", "q20")] for row in rows])
+    of_median = np.array([float(row["share_of_copy"]) for row in rows])
+    return 100 * of_median * times[:, 1] / times.T
+
+
+def power_of_2(number: int) -> str:
+    exponent = math.log2(number)
+    return f"$2^{{{exponent:.0f}}}$" if exponent.is_integer() else str(number)
+
+
+def new_figure(rows: list[dict], title: str, height: float) -> Figure:
+    """An empty figure that says what it shows and where the numbers come from."""
+    row = rows[0]
+    where = row["gpu"] or f"NO GPU: {row['cpu']}"
+    figure = Figure(figsize=(8, height), layout="constrained")
+    figure.suptitle(f"{title}\n{where}, torch {row['torch']}, commit {row['commit']}", fontsize=10)
+    return figure
+
+
+def add_legend(figure: Figure) -> None:
+    found = {}
+    for axes in figure.axes:
+        handles, labels = axes.get_legend_handles_labels()
+        found |= zip(labels, handles)
+    labels = [provider for provider in STYLES if provider in found]
+    handles = [found[provider] for provider in labels]
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
+
+
+def draw_shares(
+    rows: list[dict], subject: str, x_label: str, draw: Callable[[Axes, list[dict]], None]
+) -> Figure:
+    """A panel for each activation and direction, which `draw` fills."""
+    activations = distinct(rows, "activation")
+    title = f"Speed as a share of a copy of the same bytes: public functions, {subject}"
+    figure = new_figure(rows, title, 1.2 + 2.1 * len(activations))
+    panels = figure.subplots(len(activations), 2, sharex=True, sharey="row", squeeze=False)
+    for activation, line in zip(activations, panels):
+        for direction, axes in zip(DIRECTIONS, line):
+            axes.set_title(f"{activation} {direction}")
+            found = select(rows, activation=activation, direction=direction)
+            if found:  # a run may have ended early
+                draw(axes, found)
+        line[0].set(ylabel="% of a copy", ylim=(0, line[0].get_ylim()[1]))
+        for axes in line:  # now that this does not change the limits
+            axes.axhline(100, color="0.3", linewidth=1, linestyle="--")
+    for axes in panels[-1]:
+        axes.set_xlabel(x_label)
+    add_legend(figure)
+    return figure
+
+
+def draw_lines(axes: Axes, rows: list[dict]) -> None:
+    axes.set_xscale("log", base=2)
+    for provider in known(rows):
+        found = sorted(select(rows, provider=provider), key=numel)
+        low, median, high = shares(found)
+        x = [numel(row) for row in found]
+        axes.plot(x, median, label=provider, **STYLES[provider])
+        axes.fill_between(x, low, high, color=STYLES[provider]["color"], alpha=0.2, linewidth=0)
+
+
+def draw_bars(dtypes: dict[str, str], axes: Axes, rows: list[dict]) -> None:
+    """Args: dtypes: the label of each, which all panels share."""
+    names, places = known(rows), list(dtypes)
+    width = 0.85 / len(names)
+    for index, provider in enumerate(names):
+        found = select(rows, provider=provider)
+        low, median, high = shares(found)
+        axes.bar(
+            [places.index(row["dtype"]) + (index - (len(names) - 1) / 2) * width for row in found],
+            median,
+            width,
+            yerr=(median - low, high - median),
+            error_kw={"elinewidth": 0.8},
+            color=STYLES[provider]["color"],
+            label=provider,
+        )
+    axes.set_xticks(range(len(dtypes)), dtypes.values())
+    axes.grid(axis="x", visible=False)
+
+
+def speed_by_size(rows: list[dict]) -> Figure:
+    """Of the dtype with the most sizes."""
+    rows = public(rows)
+    by_dtype = [select(rows, dtype=dtype) for dtype in distinct(rows, "dtype")]
+    rows = max(by_dtype, key=lambda found: len(distinct(found, "numel")))
+    if len(distinct(rows, "numel")) == 1:
+        raise NothingToDraw("it has one size only")
+    return draw_shares(rows, rows[0]["dtype"], "elements", draw_lines)
+
+
+def speed_by_dtype(rows: list[dict]) -> Figure:
+    """At the largest size that all dtypes have: of as many bytes, or else of as many elements."""
+    rows = public(rows)
+    by_dtype = [select(rows, dtype=dtype) for dtype in distinct(rows, "dtype")]
+    for size in (tensor_bytes, numel):
+        common = set.intersection(*({size(row) for row in found} for found in by_dtype))
+        if common:
+            rows = [row for row in rows if size(row) == max(common)]
+            dtypes = {row["dtype"]: f"{row['dtype']}, {power_of_2(numel(row))}" for row in rows}
+            draw = partial(draw_bars, dtypes)
+            return draw_shares(rows, "large tensors", "dtype, elements", draw)
+    raise NothingToDraw("it has no size that all dtypes have")
+
+
+def memory(rows: list[dict]) -> Figure:
+    rows = [row for row in rows if row["saved_bytes"]]
+    if not rows:
+        raise NothingToDraw("it has no bytes")
+    rows = select(rows, dtype=rows[0]["dtype"])
+    for row in rows:
+        row["group"] = row["case"] + ("\nin place" if row["inplace"] == "True" else "")
+    activations, groups, names = distinct(rows, "activation"), distinct(rows, "group"), known(rows)
+    title = f"Bytes saved for backward, for each element of {rows[0]['dtype']}"
+    figure = new_figure(rows, title, 1.2 + 0.15 * len(groups) * (len(names) + 1))
+    panels = figure.subplots(1, len(activations), sharex=True, sharey=True, squeeze=False)[0]
+    height = 0.85 / len(names)
+    for activation, axes in zip(activations, panels):
+        for index, provider in enumerate(names):
+            found = select(rows, activation=activation, provider=provider)
+            offset = (index - (len(names) - 1) / 2) * height
+            bars = axes.barh(
+                [groups.index(row["group"]) + offset for row in found],
+                [float(row["saved_bytes"]) for row in found],
+                height,
+                color=STYLES[provider]["color"],
+                label=provider,
+            )
+            axes.bar_label(bars, fmt="%.3g", padding=2, fontsize=7)
+        axes.set_title(activation)
+        axes.set_yticks(range(len(groups)), groups)
+        axes.set_xlabel("bytes")
+        axes.grid(axis="y", visible=False)
+    panels[0].invert_yaxis()
+    panels[0].margins(x=0.12)
+    add_legend(figure)
+    return figure
+
+
+PICTURES = {
+    "speed_by_size.png": ("speed.csv", speed_by_size),
+    "speed_by_dtype.png": ("speed.csv", speed_by_dtype),
+    "memory.png": ("memory.csv", memory),
+}
+
+
+def draw(folder: Path, picture: str) -> bool:
+    """Draw one picture; if it cannot be, say why."""
+    table, make = PICTURES[picture]
+    try:
+        with (folder / table).open(newline="") as file:
+            rows = list(csv.DictReader(file))
+        with rc_context(RC):
+            make(rows).savefig(folder / picture)
+    except OSError as error:
+        print(f"no {picture}: {error.filename}: {error.strerror}")
+    except KeyError as error:
+        print(f"no {picture}: {folder / table} has no column {error}")
+    except NothingToDraw as error:
+        print(f"no {picture}: {folder / table}: {error}")
+    else:
+        print(folder / picture)
+        return True
+    return False
+
+
+def main() -> list[dict]:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    environment.add_results_argument(parser)
+    folder = parser.parse_args().results
+    drawn = [draw(folder, picture) for picture in PICTURES]
+    if not any(drawn):
+        environment.refuse(f"nothing to draw in {folder}: run the comparisons first")
+    return []
+
+
+if __name__ == "__main__":
+    environment.run(main)
