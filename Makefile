@@ -1,10 +1,10 @@
 # make demo    train networks on real images with fused activations; tables and pictures
 # make test    all that needs no GPU: tests, interpreter, both compilers, lint
-# make gpu     where a GPU and torch are: tests and comparisons, raw results into RESULTS=folder
+# make gpu     where a GPU and torch are: tests, comparisons and pictures, into RESULTS=folder
 # make sanitize  likewise: every kernel under compute-sanitizer
 # make lint    ruff and clang-format
 # make mutate  seed bugs and see that the tests catch each; writes tests/mutations.md
-# make bench   the comparison scripts, on whatever is here
+# make bench   the comparisons and their pictures, on whatever is here
 
 SHELL := /bin/bash
 PYTHON ?= python3
@@ -20,6 +20,8 @@ TORCHVISION ?= torchvision==0.28.0
 # The instruction counts are gated on this compiler; others run for correctness.
 TRITON ?= triton==3.7.1
 CSRC := $(wildcard csrc/*)
+# What takes long and matters most comes first, and the pictures last.
+COMPARISONS := compare_speed $(filter-out compare_speed,$(basename $(notdir $(wildcard benchmarks/compare_*.py)))) plot_results
 # What runs the Triton kernels in the interpreter, in a process of its own.
 INTERPRETED := $(addprefix tests/test_,$(addsuffix .py,accuracy_kernels autograd benchmarks faults kernels layouts properties))
 
@@ -45,10 +47,16 @@ lint: $(VENV)/test
 	$(RUN) -m ruff format --check .
 	$(VENV)/bin/clang-format --dry-run --Werror csrc/* tests/*.cpp
 
+# $(1): Python, $(2): options. One that fails keeps none of the others from running; Ctrl-C does.
+define compare
+	@status=0; for script in $(COMPARISONS); do \
+		echo "python -m benchmarks.$$script $(2)"; \
+		$(1) -m benchmarks.$$script $(2) || { [ $$? = 130 ] && exit 130; status=1; }; \
+	done; exit $$status
+endef
+
 bench: $(VENV)/demo
-	$(RUN) -m benchmarks.compare_speed
-	$(RUN) -m benchmarks.compare_memory
-	$(RUN) -m benchmarks.compare_accuracy
+	$(call compare,$(RUN))
 
 # Installs nothing: it takes the torch of PYTHON and builds the extension in place.
 gpu:
@@ -56,10 +64,8 @@ gpu:
 	$(PYTHON) setup.py -q build_ext --inplace
 	$(PYTHON) -m pytest -m gpu
 	$(PYTHON) -m pytest tests/test_faults.py -m "not gpu"
-	$(PYTHON) -m benchmarks.compare_speed --results $(RESULTS)
-	$(PYTHON) -m benchmarks.compare_memory --results $(RESULTS)
-	$(PYTHON) -m benchmarks.compare_accuracy --results $(RESULTS)
-	@echo "make gpu: passed; raw results are in $(RESULTS)"
+	$(call compare,$(PYTHON),--results $(RESULTS))
+	@echo "make gpu: passed; results and pictures are in $(RESULTS)"
 
 # Like gpu, it installs nothing. Without the caching allocator, each tensor has bounds to watch.
 sanitize:

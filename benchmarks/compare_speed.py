@@ -510,11 +510,11 @@ def parse_arguments() -> argparse.Namespace:
         "--time-limit",
         type=float,
         metavar="SECONDS",
-        help="start no further case after so long; default: 180 on a GPU, but for --full",
+        help="start no further case after so long; default: 150 on a GPU, but for --full",
     )
     arguments = parser.parse_args()
     if arguments.time_limit is None:
-        arguments.time_limit = 180.0 if ON_GPU and not arguments.full else math.inf
+        arguments.time_limit = 150.0 if ON_GPU and not arguments.full else math.inf
     return arguments
 
 
