@@ -464,6 +464,8 @@ def verdicts(rows: list[dict]) -> list[tuple[tuple, dict, dict[str, Verdict]]]:
 
 def print_verdicts(rows: list[dict]) -> None:
     found = verdicts(rows)
+    if not found:
+        return
     names = dict.fromkeys(name for *_, by_name in found for name in by_name)
     lines = [
         (

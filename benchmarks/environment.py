@@ -169,6 +169,7 @@ def run(main: Callable[[], Sequence[dict]]) -> NoReturn:
     try:
         rows = main()
     except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
         sys.exit(130)
     sys.exit(any(row.get("error") for row in rows))
 
