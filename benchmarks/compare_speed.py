@@ -340,7 +340,7 @@ def size(text: str) -> int:
     """A number of elements: `1048576` or `2^20`."""
     base, _, exponent = text.partition("^")
     try:
-        numel = int(base) ** int(exponent or 1)
+        numel = int(base) ** min(int(exponent or 1), 64)
     except ValueError:
         numel = 0
     if not 2**8 <= numel <= 2**40:

@@ -387,7 +387,7 @@ def test_grid(monkeypatch):
     assert grid("--quick") == [("bf16", 2**20, "contiguous")]
 
 
-@pytest.mark.parametrize("text", ["x", "2^", "0", "-1", "2^60", "1e6", "2^2^2"])
+@pytest.mark.parametrize("text", ["x", "2^", "0", "-1", "2^60", "1e6", "2^2^2", "9^999999999"])
 def test_a_size_that_is_none_is_refused(monkeypatch, capsys, text):
     monkeypatch.setattr(sys, "argv", ["compare_speed", f"--sizes={text}"])
     with pytest.raises(SystemExit) as ended:
