@@ -1,6 +1,6 @@
 """How far results are from the true value, next to everything a user could pick instead.
 
-    python -m benchmarks.compare_accuracy [--dtypes fp16 bf16 fp32] [--mantissas 8192]
+    python -m benchmarks.compare_accuracy [--dtypes fp16 bf16 fp32] [--mantissas 2^15]
 
 The unit is the last place that the true value has in the dtype (ULP), or the dtype's smallest step
 where the true value is less than normal. The nearest result is off by half a unit at most; what is
@@ -8,7 +8,8 @@ off by more counts as not correctly rounded. A NaN from a finite input is off by
 values are float64; see benchmarks/oracle.py.
 
 - fp16, bf16: all finite inputs. fp32: as many mantissas of every binade and sign, one drawn from
-  each of equal steps, so that the mean is that of all finite inputs and the maximum is of a sample.
+  each of equal steps, so that the mean is that of all finite inputs and the maximum is of a sample
+  of 2^24. With --mantissas 2^23 it is of all there are, which takes a GPU minutes.
 - The negative tail counts by itself: what torch loses there would swamp the rest. So does the
   neighbourhood of a derivative's zero, where the absolute error is what says something.
 - Derivatives are gradients for a grad_output of 1. At its kinks, 0 and 6, the derivative of ReLU6
@@ -20,13 +21,17 @@ values are float64; see benchmarks/oracle.py.
 from __future__ import annotations
 
 import argparse
-import sys
+import collections
+import dataclasses
+import itertools
+import math
 from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
 from benchmarks import environment, oracle, providers
+from benchmarks.compare_speed import size
 from benchmarks.providers import DEVICE, DTYPES, Provider
 from fused_act.activation import Activation
 from fused_act.activations import ACTIVATIONS
@@ -35,27 +40,39 @@ from fused_act.backends.triton import INTERPRET
 KINDS = ("forward", "derivative")
 ROOT = (-1.7, -0.8)  # the derivatives of mish and of swish have their zeros in the middle
 TAIL = -87.0  # below, e^x is less than the normal numbers of fp32 and bf16
+PART = 2**22  # inputs that are judged at once
 
 
-def stratified_fp32(mantissas: int) -> Tensor:
-    """`mantissas` values of every binade and sign: a power of 2, then one from each equal step."""
+def stratified_fp32(mantissas: int) -> Iterator[Tensor]:
+    """`mantissas` values of every binade and sign: a power of 2, then one from each equal step.
+
+    They come in parts of one length, since compiled code has static shapes.
+    """
     step = 2**23 // mantissas
-    within = torch.randint(step, (255, mantissas), dtype=torch.int64)
-    within[:, 0] = 0
-    binades = torch.arange(255, dtype=torch.int64).unsqueeze(1) << 23
-    magnitudes = (binades + torch.arange(mantissas) * step + within).flatten()
-    bits = torch.cat([magnitudes, magnitudes - 2**31])
-    return bits.to(torch.int32).view(torch.float32)
+    binades = torch.tensor([*range(255), *range(256, 511)]) << 23  # with the sign bit as the ninth
+    together = max(n for n in range(1, 511) if 510 % n == 0 and (n == 1 or n * mantissas <= PART))
+    for part in binades.split(together):
+        within = torch.randint(step, (together, mantissas))
+        within[:, 0] = 0
+        bits = (part.unsqueeze(1) + torch.arange(mantissas) * step + within).flatten()
+        yield bits.to(torch.int32).view(torch.float32)
+
+
+def inputs(dtype: torch.dtype, mantissas: int) -> Iterator[Tensor]:
+    if dtype.itemsize == 2:
+        yield oracle.all_finite(dtype)
+    else:
+        yield from stratified_fp32(mantissas)
 
 
 def value_and_derivative(
     provider: Provider, function: Callable[[Tensor], Tensor], x: Tensor
 ) -> dict[str, Tensor]:
-    x = x.detach().to(DEVICE).requires_grad_()
+    x = x.detach().requires_grad_()
     with provider.selected():
-        y = provider.prepare(function)(x)
+        y = function(x)
         (derivative,) = torch.autograd.grad(y, x, torch.ones_like(y))
-    return {"forward": y.detach().cpu(), "derivative": derivative.cpu()}
+    return {"forward": y.detach(), "derivative": derivative}
 
 
 def regions(kind: str, x: Tensor, exact: Tensor) -> dict[str, Tensor]:
@@ -74,43 +91,75 @@ def regions(kind: str, x: Tensor, exact: Tensor) -> dict[str, Tensor]:
     return {name: where for name, where in found.items() if where.any()}
 
 
-def statistics(result: Tensor, exact: Tensor, x: Tensor, where: Tensor) -> dict:
-    """The errors of `result` in one region."""
-    result, exact, x = result[where], exact[where], x[where]
-    error = oracle.ulp_error(result, exact, result.dtype).nan_to_num(nan=float("inf"))
-    worst = int(error.argmax())
-    return {
-        "inputs": x.numel(),
-        "max_ulp": float(error[worst]),
-        "worst_input": float(x[worst]),
-        "mean_ulp": float(error.mean()),
-        "not_correctly_rounded": int((error > 0.5).sum()),
-        "max_absolute": float((result.double() - exact).abs().max()),
-    }
+@dataclasses.dataclass
+class Errors:
+    """The errors of a provider in one region, over all parts of the inputs."""
+
+    inputs: int = 0
+    max_ulp: float = -1.0
+    worst_input: float = math.nan
+    sum_ulp: float = 0.0
+    not_correctly_rounded: int = 0
+    max_absolute: float = 0.0
+
+    def add(self, result: Tensor, exact: Tensor, x: Tensor) -> None:
+        error = oracle.ulp_error(result, exact, result.dtype).nan_to_num(nan=float("inf"))
+        worst = int(error.argmax())
+        if float(error[worst]) > self.max_ulp:
+            self.max_ulp, self.worst_input = float(error[worst]), float(x[worst])
+        self.inputs += x.numel()
+        self.sum_ulp += float(error.sum())
+        self.not_correctly_rounded += int((error > 0.5).sum())
+        absolute = (result.double() - exact).abs().nan_to_num(nan=float("inf"))
+        self.max_absolute = max(self.max_absolute, float(absolute.max()))
+
+    def row(self) -> dict:
+        found = dataclasses.asdict(self)
+        found["mean_ulp"] = found.pop("sum_ulp") / self.inputs
+        return found
 
 
 def measure(
-    compared: list[Provider], activation: Activation, dtype: str, x: Tensor
+    compared: list[Provider], activation: Activation, dtype: str, mantissas: int
 ) -> Iterator[dict]:
     """One row for each provider, kind and region."""
     # fp32, which is what kernels and torch take parameters for.
     parameters = torch.tensor(providers.parameters(activation)).double().tolist()
-    exact = {
-        kind: getattr(oracle, kind)(activation.name, x.double(), *parameters) for kind in KINDS
+    torch.compiler.reset()
+    torch.manual_seed(0)
+    functions = {
+        provider: provider.compile(function)
+        for provider in compared
+        if (function := provider.function(activation, False)) is not None
     }
-    for provider in compared:
-        function = provider.function(activation, False)
-        if function is None:
-            continue
-        row = {"provider": provider.name, "activation": activation.name, "dtype": dtype}
-        try:
-            results = value_and_derivative(provider, function, x)
+    found = {provider: collections.defaultdict(Errors) for provider in functions}
+    errors = {}
+    for part in inputs(DTYPES[dtype], mantissas):
+        x = part.to(DEVICE)
+        exact = {
+            kind: getattr(oracle, kind)(activation.name, x.double(), *parameters) for kind in KINDS
+        }
+        where = {kind: regions(kind, x, exact[kind]) for kind in KINDS}
+        for provider, function in functions.items():
+            if provider in errors:
+                continue
+            try:
+                results = value_and_derivative(provider, function, x)
+            except Exception as error:
+                errors[provider] = providers.error_text(error)
+                continue
             for kind in KINDS:
-                for region, where in regions(kind, x, exact[kind]).items():
-                    found = statistics(results[kind], exact[kind], x, where)
-                    yield row | {"kind": kind, "region": region} | found | {"error": ""}
-        except Exception as error:
-            yield row | {"error": providers.error_text(error)}
+                for region, inside in where[kind].items():
+                    found[provider][kind, region].add(
+                        results[kind][inside], exact[kind][inside], x[inside]
+                    )
+    for provider in functions:
+        row = {"provider": provider.name, "activation": activation.name, "dtype": dtype}
+        if provider in errors:
+            yield row | {"error": errors[provider]}
+            continue
+        for (kind, region), judged in found[provider].items():
+            yield row | {"kind": kind, "region": region} | judged.row() | {"error": ""}
 
 
 def print_results(rows: list[dict]) -> None:
@@ -150,32 +199,41 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument(
         "--mantissas",
-        type=int,
+        type=power_of_2,
         metavar="N",
-        default=64 if INTERPRET else 8192,
-        help="fp32 inputs in each binade of each sign, of which there are 510; default: 8192, and "
-        "64 in Triton's interpreter, which is slow",
+        default=64 if INTERPRET else 2**15,
+        help="fp32 inputs in each binade of each sign, of which there are 510; a power of 2 from 2^8 "
+        "to 2^23; default: 2^15, and 2^6 in Triton's interpreter, which is slow",
     )
     return parser.parse_args()
 
 
-def main() -> None:
+def power_of_2(text: str) -> int:
+    """A `size` that divides the 2^23 mantissas of a binade."""
+    number = size(text)
+    if number > 2**23 or number & (number - 1):
+        raise argparse.ArgumentTypeError(f"expected a power of 2 up to 2^23, got {text!r}")
+    return number
+
+
+def main() -> list[dict]:
     arguments = parse_arguments()
     environment.print_environment()
     compared = providers.available()
     if DEVICE.type == "cpu":
         print("NO GPU: these are the errors of torch's CPU code and of what else runs here.")
-    torch.manual_seed(0)
-    rows = []
-    for dtype in arguments.dtypes:
-        low = DTYPES[dtype].itemsize == 2
-        x = oracle.all_finite(DTYPES[dtype]) if low else stratified_fp32(arguments.mantissas)
-        for activation in ACTIVATIONS:
-            print(f"{activation.name} {dtype}", file=sys.stderr)
-            rows += measure(compared, activation, dtype, x)
-    environment.write_csv(arguments.results / "accuracy.csv", rows)
+    cases = list(itertools.product(arguments.dtypes, ACTIVATIONS))
+    rows = environment.write_csv(
+        arguments.results / "accuracy.csv",
+        (
+            row
+            for dtype, activation in environment.progress(cases, len(cases))
+            for row in measure(compared, activation, dtype, arguments.mantissas)
+        ),
+    )
     print_results(rows)
+    return rows
 
 
 if __name__ == "__main__":
-    main()
+    environment.run(main)
