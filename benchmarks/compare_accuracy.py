@@ -202,8 +202,8 @@ def parse_arguments() -> argparse.Namespace:
         type=power_of_2,
         metavar="N",
         default=64 if INTERPRET else 2**15,
-        help="fp32 inputs in each binade of each sign, of which there are 510; a power of 2 from 2^8 "
-        "to 2^23; default: 2^15, and 2^6 in Triton's interpreter, which is slow",
+        help="fp32 inputs in each binade of each sign, of which there are 510; a power of 2 from "
+        "2^8 to 2^23; default: 2^15, and 2^6 in Triton's interpreter, which is slow",
     )
     return parser.parse_args()
 
