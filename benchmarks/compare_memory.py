@@ -1,13 +1,15 @@
 """How much memory the activations hold for backward, next to everything a user could pick instead.
 
-    python -m benchmarks.compare_memory [--dtypes bf16 fp32]
+    python -m benchmarks.compare_memory [--dtypes bf16 fp32] [--compile-networks]
 
 An activation seldom stands alone: what the next layer saves as well costs nothing more. So there
-are two cases, and all figures are bytes for each element that the activation computes:
+are four cases, and all figures are bytes for each element that an activation computes:
 
 - alone: `activation(x.clone())`, where only the activation can keep the clone;
 - conv-act-conv: 1 x 1 convolutions around it. The second saves the activation's output, whoever
-  computes it. Parameters and the input do not count.
+  computes it. Parameters and the input do not count;
+- mobilenet_v2 and csp: training steps of small networks, with normalization, where convolutions and
+  norms save theirs too. Compiled networks take minutes, so they have to be asked for.
 
 saved is what autograd was given to save, each storage once. On a GPU the allocator tells two more:
 held after forward, the output included, and the peak on the way through forward and backward.
@@ -19,13 +21,13 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
 from benchmarks import environment, providers
+from benchmarks.networks import csp_network, digits_network
 from benchmarks.providers import DEVICE, DTYPES, Provider
 from fused_act.activation import Activation
 from fused_act.activations import ACTIVATIONS
@@ -33,29 +35,42 @@ from fused_act.activations import ACTIVATIONS
 CHANNELS = 32
 # Small on a CPU, where Triton's interpreter takes a second for 2^20 elements.
 SHAPE = (64, CHANNELS, 128, 64) if DEVICE.type == "cuda" else (4, CHANNELS, 16, 8)
+IMAGES = (256, 1, 64, 64) if DEVICE.type == "cuda" else (4, 1, 16, 16)
+
+
+class Call(nn.Module):
+    """A function as a module."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x)
 
 
 class Alone(nn.Module):
-    def __init__(self, activation: Callable[[Tensor], Tensor]):
+    def __init__(self, activation: Callable[[], nn.Module]):
         super().__init__()
-        self.activation = activation
+        self.activation = activation()
 
     def forward(self, x: Tensor) -> Tensor:
         return self.activation(x.clone())
 
 
 class ConvActConv(nn.Module):
-    def __init__(self, activation: Callable[[Tensor], Tensor]):
+    def __init__(self, activation: Callable[[], nn.Module]):
         super().__init__()
         self.first = nn.Conv2d(CHANNELS, CHANNELS, 1, bias=False)
-        self.activation = activation
+        self.activation = activation()
         self.second = nn.Conv2d(CHANNELS, CHANNELS, 1, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.second(self.activation(self.first(x)))
 
 
-CASES = {"alone": Alone, "conv-act-conv": ConvActConv}
+NETWORKS = {"mobilenet_v2": digits_network, "csp": csp_network}
+CASES = {"alone": Alone, "conv-act-conv": ConvActConv, **NETWORKS}
 
 
 def saved_bytes(forward: Callable[[], Tensor], not_counted: list[Tensor]) -> int:
@@ -89,16 +104,30 @@ def allocator_bytes(
     return held, torch.cuda.max_memory_allocated() - before
 
 
+def activation_numel(case: str, shape: tuple[int, ...]) -> int:
+    """The elements that all activations of a case compute for an input of `shape`."""
+    numels = []
+
+    def count(x: Tensor) -> Tensor:
+        numels.append(x.numel())
+        return x
+
+    CASES[case](lambda: Call(count))(torch.zeros(shape))
+    return sum(numels)
+
+
 def measure(
     provider: Provider, activation: Activation, dtype: torch.dtype, case: str, inplace: bool
 ) -> dict[str, float]:
-    """The figures of one provider in one case, in bytes an element."""
-    x = torch.randn(SHAPE, dtype=dtype, device=DEVICE)
+    """The figures of one provider in one case, in bytes."""
+    is_network = case in NETWORKS
+    x = torch.randn(IMAGES if is_network else SHAPE, dtype=dtype, device=DEVICE)
     # The layout that Inductor gives convolutions; it would save a converted copy of the input.
-    x = x.to(memory_format=torch.channels_last).requires_grad_()
-    module = CASES[case](provider.function(activation, inplace))
+    x = x.to(memory_format=torch.channels_last).requires_grad_(not is_network)
+    function = provider.function(activation, inplace)
+    module = CASES[case](lambda: Call(function))
     module = module.to(DEVICE, dtype, memory_format=torch.channels_last)
-    inputs = [x, *module.parameters()]
+    inputs = [*module.parameters()] if is_network else [x, *module.parameters()]
     run = provider.prepare(module)
     with provider.selected():
         # Compiles what is to be compiled, and lets libraries take their workspaces.
@@ -107,38 +136,48 @@ def measure(
         torch.autograd.grad(output, inputs, grad_output)
         del output
         # Compiled code drops the clone of the case alone, and saves x in its place.
-        not_counted = [] if case == "alone" else inputs
+        not_counted = [] if case == "alone" else [x, *module.parameters(), *module.buffers()]
         found = {"saved_bytes": saved_bytes(lambda: run(x), not_counted)}
         if DEVICE.type == "cuda":
             held, peak = allocator_bytes(lambda: run(x), inputs, grad_output)
             found |= {"held_bytes": held, "peak_bytes": peak}
-    return {column: bytes_ / x.numel() for column, bytes_ in found.items()}
+    return found
 
 
-def measure_all(compared: list[Provider], dtypes: list[str]) -> Iterator[dict]:
-    """One row for each provider in each case."""
-    for activation, dtype, case, inplace, provider in itertools.product(
-        ACTIVATIONS, dtypes, CASES, (False, True), compared
-    ):
-        if provider.function(activation, inplace) is None or (inplace and provider.compiles):
-            continue
-        row = {
-            "provider": provider.name,
-            "activation": activation.name,
-            "dtype": dtype,
-            "case": case,
-            "inplace": inplace,
-            "numel": math.prod(SHAPE),
-            "saved_bytes": "",
-            "held_bytes": "",
-            "peak_bytes": "",
-            "error": "",
-        }
-        try:
-            row |= measure(provider, activation, DTYPES[dtype], case, inplace)
-        except Exception as error:
-            row["error"] = providers.error_text(error)
-        yield row
+def cases(compared: list[Provider], arguments: argparse.Namespace) -> list[tuple]:
+    """(activation, dtype, case, inplace, provider) of all rows."""
+    return [
+        (activation, dtype, case, inplace, provider)
+        for activation, dtype, case, inplace, provider in itertools.product(
+            ACTIVATIONS, arguments.dtypes, CASES, (False, True), compared
+        )
+        if provider.function(activation, inplace) is not None
+        and not (provider.compiles and inplace)
+        and not (provider.compiles and case in NETWORKS and not arguments.compile_networks)
+    ]
+
+
+def measured(case: tuple) -> dict:
+    """The row of one case, in bytes for each element that an activation computes."""
+    activation, dtype, name, inplace, provider = case
+    numel = activation_numel(name, IMAGES if name in NETWORKS else SHAPE)
+    row = {
+        "provider": provider.name,
+        "activation": activation.name,
+        "dtype": dtype,
+        "case": name,
+        "inplace": inplace,
+        "numel": numel,
+        "saved_bytes": "",
+        "held_bytes": "",
+        "peak_bytes": "",
+        "error": "",
+    }
+    try:
+        found = measure(provider, activation, DTYPES[dtype], name, inplace)
+    except Exception as error:
+        return row | {"error": providers.error_text(error)}
+    return row | {column: bytes_ / numel for column, bytes_ in found.items()}
 
 
 def cell(row: dict | None) -> str:
@@ -171,20 +210,27 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--dtypes", choices=DTYPES, nargs="+", default=["bf16"], help="default: bf16"
     )
+    parser.add_argument(
+        "--compile-networks", action="store_true", help="compile the networks, too; takes minutes"
+    )
     return parser.parse_args()
 
 
-def main() -> None:
+def main() -> list[dict]:
     arguments = parse_arguments()
     environment.print_environment()
     compared = providers.available()
     if DEVICE.type == "cpu":
         print("NO GPU: no allocator to ask, and no CUDA C++ kernel ran.")
     torch.manual_seed(0)
-    rows = list(measure_all(compared, arguments.dtypes))
-    environment.write_csv(arguments.results / "memory.csv", rows)
+    all_cases = cases(compared, arguments)
+    rows = environment.write_csv(
+        arguments.results / "memory.csv",
+        map(measured, environment.progress(all_cases, len(all_cases))),
+    )
     print_results(rows, [provider.name for provider in compared])
+    return rows
 
 
 if __name__ == "__main__":
-    main()
+    environment.run(main)

@@ -1,9 +1,11 @@
-"""The network that the demo trains: MobileNetV2 for images of 8 x 8 pixels."""
+"""Small networks of the kinds that the activations are made for, for one-channel images."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Callable
 
+import torch
 from torch import Tensor, nn
 
 
@@ -20,7 +22,7 @@ class InvertedResidual(nn.Module):
         out_channels: int,
         stride: int,
         expansion: int,
-        activation: type[nn.Module],
+        activation: Callable[[], nn.Module],
     ):
         super().__init__()
         channels = expansion * in_channels
@@ -44,11 +46,11 @@ class InvertedResidual(nn.Module):
         return x + self.layers(x) if self.is_residual else self.layers(x)
 
 
-def digits_network(activation: type[nn.Module]) -> nn.Sequential:
+def digits_network(activation: Callable[[], nn.Module]) -> nn.Sequential:
     """A MobileNetV2 of three blocks for one-channel images of the ten digits.
 
     Args:
-        activation: the class of all its activations, called without arguments.
+        activation: makes each of its activations; the class of one will do.
     """
     return nn.Sequential(
         nn.Conv2d(1, 16, 3, padding=1, bias=False),
@@ -60,4 +62,65 @@ def digits_network(activation: type[nn.Module]) -> nn.Sequential:
         nn.AdaptiveAvgPool2d(1),
         nn.Flatten(),
         nn.Linear(32, 10),
+    )
+
+
+def convolution(
+    in_channels: int,
+    out_channels: int,
+    kernel_size: int,
+    activation: Callable[[], nn.Module],
+    stride: int = 1,
+) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(
+            in_channels, out_channels, kernel_size, stride, padding=kernel_size // 2, bias=False
+        ),
+        nn.BatchNorm2d(out_channels),
+        activation(),
+    )
+
+
+class Residual(nn.Module):
+    """Darknet's block, a residual of two convolutions (Redmon and Farhadi, arXiv:1804.02767)."""
+
+    def __init__(self, channels: int, activation: Callable[[], nn.Module]):
+        super().__init__()
+        self.layers = nn.Sequential(
+            convolution(channels, channels, 1, activation),
+            convolution(channels, channels, 3, activation),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.layers(x)
+
+
+class CrossStagePartial(nn.Module):
+    """CSPNet's stage: half of the channels pass by the blocks (Wang et al., arXiv:1911.11929)."""
+
+    def __init__(self, channels: int, blocks: int, activation: Callable[[], nn.Module]):
+        super().__init__()
+        half = channels // 2
+        self.passing = convolution(channels, half, 1, activation)
+        self.through = nn.Sequential(
+            convolution(channels, half, 1, activation),
+            *(Residual(half, activation) for _ in range(blocks)),
+        )
+        self.transition = convolution(channels, channels, 1, activation)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.transition(torch.cat([self.through(x), self.passing(x)], dim=1))
+
+
+def csp_network(activation: Callable[[], nn.Module]) -> nn.Sequential:
+    """Two stages of YOLOv4's backbone, which has Mish (Bochkovskiy et al., arXiv:2004.10934)."""
+    return nn.Sequential(
+        convolution(1, 16, 3, activation),
+        convolution(16, 32, 3, activation, stride=2),
+        CrossStagePartial(32, 1, activation),
+        convolution(32, 64, 3, activation, stride=2),
+        CrossStagePartial(64, 2, activation),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(64, 10),
     )
