@@ -108,9 +108,10 @@ template <typename T>
 struct ReLU6 {
   __host__ __device__ float forward(float x) const { return clamp(x, 0.0f, 6.0f); }
 
-  // NaN compares false and passes the gradient on, as in torch's CUDA kernel.
+  // NaN compares false and passes the gradient on, as in torch's CUDA kernel. A cast, since a
+  // choice between 0 and 1 would be made and then compared again for the mask.
   __host__ __device__ float derivative(float x) const {
-    return x <= 0.0f || x >= 6.0f ? 0.0f : 1.0f;
+    return static_cast<float>(!(x <= 0.0f || x >= 6.0f));
   }
 };
 

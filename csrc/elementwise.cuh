@@ -5,6 +5,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "math.cuh"
 
@@ -21,13 +22,20 @@ using BFloat16 = c10::BFloat16;
 using Half = c10::Half;
 
 constexpr int kThreads = 256;
-// Per thread and input; two 16-byte loads in flight keep enough of a Hopper SM's memory busy.
+// Per thread and input, all in flight at once: enough to keep a Hopper SM's memory busy.
 constexpr int kBytesPerThread = 32;
 
-// Blocks per SM that backward is compiled for. With up to 64 registers the compiler leaves all
-// loads in front of the math: 4 blocks, 64 bytes a thread, so 64 KiB are in flight where a Hopper
-// SM wants 48. With 32 registers it sinks most of them to where they are used.
-constexpr int kBackwardBlocks = 4;
+// Bytes that an access of a thread can move. Elsewhere two accesses of 16 bytes in a row would each
+// leave half of every sector untouched, so there a kernel for 32 is that for 16.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 1000
+constexpr int kWidestAccess = 16;
+#else
+constexpr int kWidestAccess = 32;
+#endif
+
+// Blocks per SM that backward is compiled for: 40 registers a thread. With 64 bytes of each that is
+// 96 KiB in flight, where a Hopper SM wants 48 and a Blackwell 64.
+constexpr int kBackwardBlocks = 6;
 
 template <typename T>
 constexpr int kElementsPerThread = kBytesPerThread / sizeof(T);
@@ -41,6 +49,10 @@ struct alignas(sizeof(T) * kWidth) Vector {
   T elements[kWidth];
 };
 
+// The width of the accesses that a kernel for kWidth makes.
+template <typename T, int kWidth>
+constexpr int kAccess = kWidth * sizeof(T) > kWidestAccess ? kWidestAccess / sizeof(T) : kWidth;
+
 __host__ __device__ __forceinline__ float to_float(float x) { return x; }
 __host__ __device__ __forceinline__ float to_float(Half x) { return static_cast<float>(x); }
 __host__ __device__ __forceinline__ float to_float(BFloat16 x) { return static_cast<float>(x); }
@@ -53,7 +65,34 @@ __device__ __forceinline__ void round_pair(float a, float b, Half* target) {
 __device__ __forceinline__ void round_pair(float a, float b, BFloat16* target) {
   *reinterpret_cast<__nv_bfloat162*>(target) = __floats2bfloat162_rn(a, b);
 }
+
+// By the word: the upper half taken by itself costs two instructions.
+__device__ __forceinline__ void widen_pair(const BFloat16* source, float& a, float& b) {
+  const auto pair = *reinterpret_cast<const uint32_t*>(source);
+  a = __uint_as_float(pair << 16);
+  b = __uint_as_float(pair & 0xffff0000);
+}
 #endif
+
+template <typename T, int kWidth>
+__host__ __device__ __forceinline__ void to_floats(const Vector<T, kWidth>& vector, float* values) {
+#if defined(__CUDA_ARCH__)
+  constexpr bool kPairs = std::is_same_v<T, BFloat16> && kWidth % 2 == 0;
+#else
+  constexpr bool kPairs = false;
+#endif
+  if constexpr (kPairs) {
+#pragma unroll
+    for (int i = 0; i < kWidth; i += 2) {
+      widen_pair(&vector.elements[i], values[i], values[i + 1]);
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < kWidth; i++) {
+      values[i] = to_float(vector.elements[i]);
+    }
+  }
+}
 
 // Round to the element type, to nearest even. The device does two in one instruction.
 template <typename T, int kWidth>
@@ -85,12 +124,8 @@ template <typename T, int kWidth, bool kMasked>
 struct Runs {
   static constexpr int kRun = kMasked && kWidth < 8 ? 8 : kWidth;
   static constexpr int kCount = kElementsPerThread<T> / kRun;
+  static constexpr int kStride = kThreads * kRun;  // from one run of a thread to its next
   static_assert(kCount * kRun == kElementsPerThread<T> && kRun % kWidth == 0);
-
-  // The first element of a run, from the start of the tile.
-  __host__ __device__ static int offset(int thread, int run) {
-    return (run * kThreads + thread) * kRun;
-  }
 };
 
 template <typename T>
@@ -104,10 +139,41 @@ __host__ __device__ __forceinline__ void load(const T* source, float (&values)[k
 #pragma unroll
   for (int i = 0; i < kRun; i += kWidth) {
     const auto vector = *reinterpret_cast<const Vector<T, kWidth>*>(source + i);
-#pragma unroll
-    for (int j = 0; j < kWidth; j++) {
-      values[i + j] = to_float(vector.elements[j]);
-    }
+    to_floats(vector, values + i);
+  }
+}
+
+#if defined(__CUDA_ARCH__)
+__device__ __forceinline__ void load_relaxed(const void* source, uint32_t (&words)[4]) {
+  asm volatile("ld.relaxed.gpu.global.v4.b32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
+               : "l"(__cvta_generic_to_global(source)));
+}
+
+__device__ __forceinline__ void load_relaxed(const void* source, uint32_t (&words)[8]) {
+  asm volatile("ld.relaxed.gpu.global.v8.b32 {%0, %1, %2, %3, %4, %5, %6, %7}, [%8];"
+               : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3]), "=r"(words[4]),
+                 "=r"(words[5]), "=r"(words[6]), "=r"(words[7])
+               : "l"(__cvta_generic_to_global(source)));
+}
+#endif
+
+// Load one access into fp32, no later than the next such load. The compiler moves plain loads to
+// where they are used when it is short of registers; of relaxed ones it keeps the order.
+template <int kWidth, typename T>
+__host__ __device__ __forceinline__ void load_in_order(const T* source, float (&values)[kWidth]) {
+  using Access = Vector<T, kWidth>;
+#if defined(__CUDA_ARCH__)
+  constexpr bool kRelaxed = sizeof(Access) >= 16;
+#else
+  constexpr bool kRelaxed = false;
+#endif
+  if constexpr (kRelaxed) {
+    alignas(Access) uint32_t words[sizeof(Access) / 4];
+    load_relaxed(source, words);
+    to_floats(*reinterpret_cast<const Access*>(words), values);
+  } else {
+    load<kWidth>(source, values);
   }
 }
 
@@ -129,29 +195,37 @@ template <int kWidth, bool kMasked, typename Activation, typename T>
 __host__ __device__ __forceinline__ void forward_tile(Activation activation, const T* x, T* y,
                                                       uint8_t* mask, int thread) {
   using R = Runs<T, kWidth, kMasked>;
+  x += thread * R::kRun;
+  y += thread * R::kRun;
   // All loads come before all math: x and y may be the same memory, so the compiler cannot do it.
   float values[R::kCount][R::kRun];
 #pragma unroll
   for (int run = 0; run < R::kCount; run++) {
-    load<kWidth>(x + R::offset(thread, run), values[run]);
+    load<kWidth>(x + run * R::kStride, values[run]);
+  }
+  if constexpr (kMasked) {
+    mask += thread * (R::kRun / 8);
+#pragma unroll
+    for (int run = 0; run < R::kCount; run++) {
+#pragma unroll
+      for (int i = 0; i < R::kRun; i += 8) {
+        unsigned bits = 0;
+#pragma unroll
+        for (int j = 0; j < 8; j++) {
+          bits = or_if(activation.derivative(values[run][i + j]) != 0.0f, bits, 1u << j);
+        }
+        mask[(run * R::kStride + i) / 8] = static_cast<uint8_t>(bits);
+      }
+    }
   }
 #pragma unroll
   for (int run = 0; run < R::kCount; run++) {
-    const int offset = R::offset(thread, run);
-    if constexpr (kMasked) {
-      unsigned bits = 0;
-#pragma unroll
-      for (int i = 0; i < 8; i++) {
-        bits |= activation.derivative(values[run][i]) != 0.0f ? 1u << i : 0u;
-      }
-      mask[offset / 8] = static_cast<uint8_t>(bits);
-    }
     float results[R::kRun];
 #pragma unroll
     for (int i = 0; i < R::kRun; i++) {
       results[i] = activation.forward(values[run][i]);
     }
-    store<kWidth>(y + offset, results);
+    store<kWidth>(y + run * R::kStride, results);
   }
 }
 
@@ -160,17 +234,30 @@ __host__ __device__ __forceinline__ void backward_tile(Activation activation, co
                                                        const Saved* saved, T* grad_input,
                                                        int thread) {
   using R = Runs<T, kWidth, kMasked>;
+  grad_output += thread * R::kRun;
+  grad_input += thread * R::kRun;
+  saved += thread * (kMasked ? R::kRun / 8 : R::kRun);
   float grads[R::kCount][R::kRun];
   float values[R::kCount][R::kRun];
-  unsigned bits[R::kCount];
+  unsigned bits[R::kCount] = {};
+  if constexpr (kMasked) {
 #pragma unroll
-  for (int run = 0; run < R::kCount; run++) {
-    const int offset = R::offset(thread, run);
-    load<kWidth>(grad_output + offset, grads[run]);
-    if constexpr (kMasked) {
-      bits[run] = saved[offset / 8];
-    } else {
-      load<kWidth>(saved + offset, values[run]);
+    for (int run = 0; run < R::kCount; run++) {
+      load<kWidth>(grad_output + run * R::kStride, grads[run]);
+#pragma unroll
+      for (int i = 0; i < R::kRun; i += 8) {
+        bits[run] |= static_cast<unsigned>(saved[(run * R::kStride + i) / 8]) << i;
+      }
+    }
+  } else {
+    // The math begins with the values of the first run, so they come last.
+#pragma unroll
+    for (int run = R::kCount - 1; run >= 0; run--) {
+      load_in_order<kWidth>(grad_output + run * R::kStride, grads[run]);
+    }
+#pragma unroll
+    for (int run = R::kCount - 1; run >= 0; run--) {
+      load_in_order<kWidth>(saved + run * R::kStride, values[run]);
     }
   }
 #pragma unroll
@@ -185,7 +272,7 @@ __host__ __device__ __forceinline__ void backward_tile(Activation activation, co
         results[i] = grads[run][i] * activation.derivative(values[run][i]);
       }
     }
-    store<kWidth>(grad_input + R::offset(thread, run), results);
+    store<kWidth>(grad_input + run * R::kStride, results);
   }
 }
 
@@ -264,34 +351,32 @@ int64_t block_count(int64_t numel) {
   return (numel + kTile<T> - 1) / kTile<T>;
 }
 
-// Call `run` with the widest access, 16 bytes at most, that all the addresses allow.
-template <typename T, typename Run, typename... Pointers>
+// Call `run` with the widest access, of kBytes at most, that all the addresses allow.
+template <typename T, int kBytes = 32, typename Run, typename... Pointers>
 void with_widest_access(Run run, Pointers... pointers) {
   const uintptr_t addresses = (reinterpret_cast<uintptr_t>(pointers) | ...);
-  if (addresses % 16 == 0) {
-    run(std::integral_constant<int, 16 / sizeof(T)>{});
-  } else if (addresses % 8 == 0) {
-    run(std::integral_constant<int, 8 / sizeof(T)>{});
-  } else if (sizeof(T) == 2 && addresses % 4 == 0) {
-    run(std::integral_constant<int, 4 / sizeof(T)>{});
-  } else {
-    run(std::integral_constant<int, 1>{});
+  if constexpr (kBytes > sizeof(T)) {
+    if (addresses % kBytes != 0) {
+      return with_widest_access<T, kBytes / 2>(run, pointers...);
+    }
   }
+  run(std::integral_constant<int, kBytes / sizeof(T)>{});
 }
 
 #if defined(__CUDACC__)
 template <int kWidth, bool kMasked, typename Activation, typename T>
 __global__ void __launch_bounds__(kThreads)
     forward_kernel(Activation activation, const T* x, T* y, uint8_t* mask, int64_t numel) {
-  forward_thread<kWidth, kMasked>(activation, x, y, mask, numel, blockIdx.x, threadIdx.x);
+  forward_thread<kAccess<T, kWidth>, kMasked>(activation, x, y, mask, numel, blockIdx.x,
+                                              threadIdx.x);
 }
 
 template <int kWidth, bool kMasked, typename Activation, typename T, typename Saved>
 __global__ void __launch_bounds__(kThreads, kBackwardBlocks)
     backward_kernel(Activation activation, const T* grad_output, const Saved* saved, T* grad_input,
                     int64_t numel) {
-  backward_thread<kWidth, kMasked>(activation, grad_output, saved, grad_input, numel, blockIdx.x,
-                                   threadIdx.x);
+  backward_thread<kAccess<T, kWidth>, kMasked>(activation, grad_output, saved, grad_input, numel,
+                                               blockIdx.x, threadIdx.x);
 }
 
 template <bool kMasked, typename Activation, typename T>

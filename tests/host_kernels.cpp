@@ -95,6 +95,14 @@ int64_t count_blocks(int dtype, int64_t numel) {
 
 int64_t tile(int dtype) { return dtype == 2 ? kTile<float> : kTile<Half>; }
 
+int widest_access(int dtype, const void* a, const void* b) {
+  int width = 0;
+  with_dtype(dtype, [&](auto element) {
+    with_widest_access<decltype(element)>([&](auto found) { width = found; }, a, b);
+  });
+  return width;
+}
+
 void run_forward(int dtype, const double* parameters, const void* x, void* y, uint8_t* mask,
                  int64_t numel, int64_t first_block, int64_t last_block) {
   with_dtype(dtype, [&](auto element) {

@@ -3,9 +3,14 @@
 The accuracy of the functors is in test_accuracy.py.
 """
 
+import ctypes
+import itertools
+import math
+
 import pytest
 import torch
 
+from fused_act.backends import DTYPES
 from tests import accuracy
 from tests.cases import CASES, LARGE, SIZES, Guarded, all_cases, all_dtypes, unpack_mask
 
@@ -29,6 +34,16 @@ def test_bulk_tail_and_mask(case, dtype, offset, host_of):
         host.backward(grad_output, mask.inside if masked else x, grad_input.inside)
         accuracy.assert_near(case, "derivative", grad_input.inside, x, grad_output)
         grad_input.assert_untouched_outside()
+
+
+@all_dtypes
+def test_accesses_are_as_wide_as_all_addresses_allow(dtype, host_of):
+    """32 bytes at most. A host does not mind the access that kills a kernel: one out of line."""
+    widest_access = host_of(CASES[0]).library.widest_access
+    for a, b in itertools.product(range(0, 96, dtype.itemsize), repeat=2):
+        bytes_ = math.gcd(a, b, 32)
+        pointers = ctypes.c_void_p(a), ctypes.c_void_p(b)
+        assert widest_access(DTYPES.index(dtype), *pointers) == bytes_ // dtype.itemsize, (a, b)
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case.activation.saves_mask], ids=str)
