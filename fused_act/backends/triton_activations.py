@@ -75,7 +75,10 @@ def quotient(a, b, r):
 def exp_compensated(x, x_low):
     """e^(x + x_low) in fp32 within 3 ULP, for finite results."""
     t = x * LOG2E_HIGH
-    t_low = product_error(x, LOG2E_HIGH, t) + x * LOG2E_LOW
+    # Less t - x log2(e), and not plus its negative, for which t or x would be negated: Triton does
+    # that by a subtraction from 0.
+    excess = fma(x, tl.full((), -LOG2E_HIGH, tl.float32), t)
+    t_low = x * LOG2E_LOW - excess
     e = exp2_approx(t)
     return tl.fma(e, tl.fma(t_low, LN2, x_low), e)
 

@@ -17,9 +17,6 @@ from fused_act.backends import triton_activations
 # 32 bytes a thread: two 16-byte loads in flight for each input.
 NUM_WARPS = 4
 BYTES_PER_BLOCK = 32 * 32 * NUM_WARPS
-# With a ceiling of its own choice ptxas sinks loads of backward to where they are used; with one of
-# 64 registers it leaves all of them in front of the math.
-OPTIONS = {"num_warps": NUM_WARPS, "maxnreg": 64}
 
 
 @triton.jit
@@ -88,9 +85,10 @@ def forward_kernel(
             BLOCK_SIZE,
         )  # fmt: skip
     else:
+        # 32 bits, or every offset would be compared in 64, for some 20 registers.
         forward_tile(
-            x_ptr + start, y_ptr + start, mask_ptr, left, parameters, FORWARD, DERIVATIVE, False,
-            BLOCK_SIZE,
+            x_ptr + start, y_ptr + start, mask_ptr, left.to(tl.int32), parameters, FORWARD,
+            DERIVATIVE, False, BLOCK_SIZE,
         )  # fmt: skip
 
 
@@ -136,8 +134,8 @@ def backward_kernel(
         )  # fmt: skip
     else:
         backward_tile(
-            grad_output_ptr + start, saved_ptr, grad_input_ptr + start, left, parameters,
-            DERIVATIVE, FROM_MASK, False, BLOCK_SIZE,
+            grad_output_ptr + start, saved_ptr, grad_input_ptr + start, left.to(tl.int32),
+            parameters, DERIVATIVE, FROM_MASK, False, BLOCK_SIZE,
         )  # fmt: skip
 
 
@@ -146,13 +144,24 @@ def block_size(dtype: torch.dtype) -> int:
     return BYTES_PER_BLOCK // dtype.itemsize
 
 
-def launch(kernel, x: Tensor, *arguments) -> None:
+def launch_options(kernel, masked: bool) -> dict[str, int]:
+    """What `kernel` is compiled with: a ceiling of registers, for warps enough in an SM.
+
+    With a ceiling of its own choice ptxas takes up to 63, most of them for the last tile, and sinks
+    loads of backward to where they are used. 40 do where there is one input and no mask to make;
+    elsewhere it spills or sinks loads with fewer than 48.
+    """
+    many = masked if kernel is forward_kernel else not masked
+    return {"num_warps": NUM_WARPS, "maxnreg": 48 if many else 40}
+
+
+def launch(kernel, x: Tensor, *arguments, **options) -> None:
     """Launch `kernel`, whose last argument is the block size, over the elements of `x`."""
     numel = x.numel()
     if numel > 0:
         size = block_size(x.dtype)
         with torch.cuda.device_of(x):
-            kernel[(triton.cdiv(numel, size),)](*arguments, size, **OPTIONS)
+            kernel[(triton.cdiv(numel, size),)](*arguments, size, **options)
 
 
 def with_layout_of(like: Tensor, x: Tensor) -> Tensor:
@@ -176,7 +185,18 @@ def implementations(activation) -> dict:
 
     def run(x, y, mask, parameters):
         x = with_layout_of(y, x)
-        launch(forward_kernel, x, x, y, mask, x.numel(), parameters, FORWARD, DERIVATIVE)
+        launch(
+            forward_kernel,
+            x,
+            x,
+            y,
+            mask,
+            x.numel(),
+            parameters,
+            FORWARD,
+            DERIVATIVE,
+            **launch_options(forward_kernel, mask is not None),
+        )
 
     def run_out(x, out, mask, parameters):
         ops.check(name, x, out)
@@ -224,6 +244,7 @@ def implementations(activation) -> dict:
             parameters,
             DERIVATIVE,
             activation.saves_mask,
+            **launch_options(backward_kernel, activation.saves_mask),
         )
         return grad_input
 
