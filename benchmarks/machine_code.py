@@ -1,33 +1,48 @@
 """What the compilers made of the kernels: the instructions that a full tile runs, no GPU needed.
 
-    python -m benchmarks.machine_code
-
-Triton kernels are compiled ahead of time for a target; the CUDA kernels are read out of the built
-extension. Both go through cuobjdump, which comes with the triton wheel and with the CUDA toolkit.
+Triton kernels are compiled ahead of time for a target; CUDA kernels are read out of a library: ours
+out of the built extension, ATen's out of a libtorch_cuda.so. All go through cuobjdump, which comes
+with the triton wheel and with the CUDA toolkit.
 """
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
+import functools
 import itertools
 import re
 import shutil
 import subprocess
 import tempfile
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
-from benchmarks import environment
 from fused_act.activation import Activation
 from fused_act.activations import ACTIVATIONS
-from fused_act.backends.cuda import extension
 
 TRITON_TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 CUDA_TYPES = {torch.float16: "c10::Half", torch.bfloat16: "c10::BFloat16", torch.float32: "float"}
+
+# ATen's names for them, in its C++: forward and backward.
+ATEN_KERNELS = {
+    "mish": ("mish_kernel", "mish_backward_kernel"),
+    "swish": ("silu_kernel", "silu_backward_kernel"),
+    "relu6": ("launch_clamp_scalar", "hardtanh_backward_kernel"),
+}
+
+# Threads of a block: as kThreads of csrc/elementwise.cuh and num_threads() of ATen say.
+CUDA_THREADS, ATEN_THREADS = 256, 128
+
+# Bits: an access of fewer moves one element, or a few bytes of a mask.
+WIDE = 64
+
+
+class Unavailable(RuntimeError):
+    """Machine code that cannot be had here; the message says what is missing."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +64,28 @@ class Instruction:
         match = re.search(r"0x([0-9a-f]+)", self.operands)
         return int(match[1], 16) if self.opcode.startswith("BRA") and match else None
 
+    @property
+    def width(self) -> int | None:
+        """Bits that a global access moves a thread, or None for other instructions."""
+        opcode, *modifiers = self.opcode.split(".")
+        if opcode not in ("LDG", "STG"):
+            return None
+        for modifier, bits in {"256": 256, "128": 128, "64": 64, "U16": 16, "S16": 16}.items():
+            if modifier in modifiers:
+                return bits
+        return 8 if "U8" in modifiers or "S8" in modifiers else 32
+
+    @property
+    def is_wide(self) -> bool:
+        return self.width is not None and self.width >= WIDE
+
+
+class Function(NamedTuple):
+    """A kernel as cuobjdump shows it."""
+
+    instructions: list[Instruction]
+    registers: int
+
 
 @dataclasses.dataclass(frozen=True)
 class Kernel:
@@ -56,100 +93,100 @@ class Kernel:
 
     name: str
     instructions: list[Instruction]
-    elements_per_thread: int
+    registers: int
+    threads: int  # of a block
+    dtype: torch.dtype
 
+    @functools.cached_property
     def hot_path(self) -> list[Instruction]:
-        """What a thread of a full tile runs: the path to EXIT with the wide accesses.
+        """What a thread of a full tile runs.
 
-        A path through a block of the last tile would show narrow accesses to tensor elements.
+        Of all paths to EXIT it is the one whose wide accesses move most, for those of the last tile
+        are narrow; of several such, one that calls no function, for those are for rare operands;
+        then the shortest. Loops are left out: only the last tile has some.
         """
-        paths = [path for path in self.paths() if any(width(i) == 128 for i in path)]
-        if not paths:
-            raise ValueError(f"{self.name}: no path has 128-bit accesses only")
-        return min(paths, key=len)
+        index = {one.address: position for position, one in enumerate(self.instructions)}
+        best = {}  # by position: what the way from there is worth, and its next position
+        for position in reversed(range(len(self.instructions))):
+            one = self.instructions[position]
+            if one.opcode == "EXIT" and not one.predicate:
+                best[position] = (0, 0, -1), None
+                continue
+            following = {index.get(one.target)}
+            if one.target is None or one.is_conditional:
+                following.add(position + 1)
+            # A target that is not in `best` lies before: a loop, or the padding after EXIT.
+            ways = [(best[after][0], after) for after in following if after in best]
+            if ways:
+                (bits, calls, length), after = max(ways)
+                bits += one.width if one.is_wide else 0
+                calls -= one.opcode.startswith("CALL")
+                best[position] = (bits, calls, length - 1), after
+        if 0 not in best or best[0][0][0] == 0:
+            raise ValueError(f"{self.name}: no path to EXIT has a wide access")
+        path, position = [], 0
+        while position is not None:
+            path.append(self.instructions[position])
+            position = best[position][1]
+        return path
 
-    def paths(self) -> list[list[Instruction]]:
-        """Every path from the entry to an EXIT without an access of 2 or 4 bytes."""
-        index = {instruction.address: i for i, instruction in enumerate(self.instructions)}
-        finished, unfinished = [], [(0, [])]
-        while unfinished:
-            position, path = unfinished.pop()
-            while True:
-                instruction = self.instructions[position]
-                if width(instruction) in (16, 32, 64):
-                    break
-                path = [*path, instruction]
-                if instruction.opcode == "EXIT" and not instruction.predicate:
-                    finished.append(path)
-                    break
-                target = instruction.target
-                if target is not None and index[target] > position:
-                    if not instruction.is_conditional:
-                        position = index[target]
-                        continue
-                    unfinished.append((index[target], path))
-                elif target is not None:
-                    break  # a loop; after EXIT, the padding
-                position += 1
-        return finished
+    @property
+    def elements_per_thread(self) -> int:
+        return sum(filter(WIDE.__le__, self.accesses("STG"))) // (8 * self.dtype.itemsize)
 
-    def instructions_per_element(self) -> float:
-        return len(self.hot_path()) / self.elements_per_thread
-
-    def opcodes(self) -> set[str]:
-        return {instruction.opcode for instruction in self.instructions}
+    def per_element(self, opcode: str = "") -> float:
+        """Instructions on the hot path whose opcode begins so, for one element."""
+        count = sum(one.opcode.startswith(opcode) for one in self.hot_path)
+        return count / self.elements_per_thread
 
     def accesses(self, opcode: str) -> list[int]:
         """Widths in bits of the global loads (`LDG`) or stores (`STG`) on the hot path."""
-        return [width(i) for i in self.hot_path() if i.opcode.split(".")[0] == opcode]
+        return [one.width for one in self.hot_path if one.opcode.split(".")[0] == opcode]
 
-    def late_loads(self) -> int:
-        """16-byte loads after the first use of a loaded value, which are not in flight with it."""
-        loaded, late, used = set(), 0, False
-        for instruction in self.hot_path():
-            target, _, sources = instruction.operands.partition(",")
-            if instruction.opcode.startswith("LDG"):
-                late += used and width(instruction) == 128
-                first = int(re.match(r"R(\d+)", target)[1])
-                loaded |= set(range(first, first + max(1, width(instruction) // 32)))
-            elif loaded & {int(number) for number in re.findall(r"\bR(\d+)", sources)}:
-                used = True
-        return late
+    def loads_in_flight(self) -> list[int]:
+        """Widths of the wide loads that a thread has under way before it uses a loaded value."""
+        widths, loaded = [], set()
+        for one in self.hot_path:
+            if one.opcode.startswith("LDG"):
+                # `LDG.E.ENL2.256 R12, R8, desc[UR4][R2.64]` fills two times four registers.
+                targets = re.findall(r"\bR(\d+)", one.operands.partition("[")[0])
+                length = max(1, one.width // 32 // len(targets))
+                for first in map(int, targets):
+                    loaded |= set(range(first, first + length))
+                if one.is_wide:
+                    widths.append(one.width)
+            else:
+                sources = one.operands.partition(",")[2]
+                if loaded & set(map(int, re.findall(r"\bR(\d+)", sources))):
+                    break
+        return widths
 
     def spills(self) -> int:
         """Accesses on the hot path to local memory, where spilled registers go."""
-        return sum(i.opcode.split(".")[0] in ("LDL", "STL") for i in self.hot_path())
+        return sum(one.opcode.split(".")[0] in ("LDL", "STL") for one in self.hot_path)
 
 
-def width(instruction: Instruction) -> int | None:
-    """Bits that a global access moves a thread, or None for other instructions."""
-    opcode, *modifiers = instruction.opcode.split(".")
-    if opcode not in ("LDG", "STG"):
-        return None
-    for modifier, bits in {"256": 256, "128": 128, "64": 64, "U16": 16, "S16": 16}.items():
-        if modifier in modifiers:
-            return bits
-    return 8 if "U8" in modifiers or "S8" in modifiers else 32
-
-
-def tool(name: str) -> str:
-    """The path of cuobjdump, from the triton wheel or else the CUDA toolkit."""
+def run(name: str, *arguments: str, text: str | None = None) -> str:
+    """What a tool of the triton wheel, or else on PATH, prints."""
     try:
         import triton
     except ImportError:
         bundled = None
     else:
-        bundled = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
-    if bundled is not None and bundled.exists():
-        return str(bundled)
-    found = shutil.which(name)
-    if found is None:
-        raise FileNotFoundError(f"{name}: neither in the triton wheel nor on PATH")
-    return found
+        bundled = shutil.which(name, path=Path(triton.__file__).parent / "backends/nvidia/bin")
+    command = bundled or shutil.which(name)
+    if command is None:
+        raise Unavailable(f"{name} is neither in the triton wheel nor on PATH")
+    done = subprocess.run([command, *arguments], input=text, capture_output=True, text=True)
+    if done.returncode != 0:
+        lines = (done.stderr or done.stdout).strip().splitlines()
+        raise Unavailable(lines[-1] if lines else f"{name} fails ({done.returncode})")
+    return done.stdout
 
 
-def parse_sass(text: str) -> dict[str, list[Instruction]]:
-    """The instructions of each function in the output of `cuobjdump -sass`."""
+def parse_sass(text: str) -> dict[str, Function]:
+    """Each function in the output of `cuobjdump -sass -res-usage`."""
+    registers = dict(re.findall(r"Function (\S+):\s+REG:(\d+)", text))
     functions, name = defaultdict(list), None
     for line in text.splitlines():
         if match := re.search(r"Function : (\S+)", line):
@@ -159,25 +196,27 @@ def parse_sass(text: str) -> dict[str, list[Instruction]]:
             functions[name].append(
                 Instruction(int(address, 16), predicate or "", opcode, operands.strip())
             )
-    return dict(functions)
+    return {name: Function(code, int(registers[name])) for name, code in functions.items()}
 
 
-def disassemble(path: Path, capability: int) -> dict[str, list[Instruction]]:
-    """The functions that `path`, a cubin or a library with several, has for sm_`capability`."""
-    architecture = [] if path.suffix == ".cubin" else ["-arch", f"sm_{capability}"]
-    command = [tool("cuobjdump"), "-sass", *architecture, str(path)]
-    return parse_sass(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+def disassemble(path: Path, *options: str) -> dict[str, Function]:
+    """The functions of `path`: a cubin, or a library with several."""
+    return parse_sass(run("cuobjdump", "-sass", "-res-usage", *options, str(path)))
+
+
+def demangle(names: Iterable[str]) -> list[str]:
+    return run("c++filt", text="\n".join(names)).splitlines()
 
 
 def compile_triton(
-    activation: Activation, direction: str, dtype: torch.dtype, capability: int, *, masked: bool
+    activation: Activation, direction: str, masked: bool, dtype: torch.dtype, capability: int
 ):
     """Compile a Triton kernel ahead of time, as a launch with aligned pointers would.
 
     Args:
         direction: "forward" or "backward".
-        capability: 90 for sm_90.
         masked: forward writes a mask, backward reads one.
+        capability: 90 for sm_90.
 
     Returns:
         Triton's compiled kernel, whose `asm` holds "ptx" and "cubin".
@@ -213,60 +252,95 @@ def compile_triton(
     }
     source = ASTSource(kernel, signature=signature, constexprs=constants, attrs=aligned)
     target = GPUTarget("cuda", capability, 32)
-    return triton.compile(source, target=target, options=triton_kernels.OPTIONS)
+    return triton.compile(
+        source, target=target, options=triton_kernels.launch_options(kernel, masked)
+    )
 
 
 def triton_kernel(
-    activation: Activation, direction: str, dtype: torch.dtype, capability: int, *, masked: bool
+    activation: Activation, direction: str, masked: bool, dtype: torch.dtype, capability: int
 ) -> Kernel:
     """The machine code of a Triton kernel; the arguments are those of `compile_triton`."""
     from fused_act.backends import triton_kernels
 
-    compiled = compile_triton(activation, direction, dtype, capability, masked=masked)
+    compiled = compile_triton(activation, direction, masked, dtype, capability)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(compiled.asm["cubin"])
-        ((name, instructions),) = disassemble(path, capability).items()
-    elements = triton_kernels.block_size(dtype) // (32 * triton_kernels.NUM_WARPS)
-    return Kernel(f"triton {activation.name} {name}", instructions, elements)
+        ((name, function),) = disassemble(path).items()
+    return Kernel(
+        f"triton {activation.name} {name}", *function, 32 * triton_kernels.NUM_WARPS, dtype
+    )
 
 
-def cuda_kernels(library: Path, capability: int) -> list[tuple[str, list[Instruction]]]:
-    """Every kernel of the extension for sm_`capability`, with its C++ name."""
-    functions = disassemble(library, capability)
-    demangled = subprocess.run(
-        ["c++filt"], input="\n".join(functions), check=True, capture_output=True, text=True
-    ).stdout.splitlines()
-    return list(zip(demangled, functions.values()))
+def cuda_kernels(library: Path, capability: int) -> dict[str, Function]:
+    """Every kernel of the extension for sm_`capability`, by its C++ name."""
+    functions = disassemble(library, "-arch", f"sm_{capability}")
+    if not functions:
+        raise Unavailable(f"{library} has no code for sm_{capability}")
+    return dict(zip(demangle(functions), functions.values()))
 
 
 def cuda_kernel(
-    kernels: list[tuple[str, list[Instruction]]],
+    kernels: dict[str, Function],
     activation: Activation,
     direction: str,
-    dtype: torch.dtype,
-    *,
     masked: bool,
+    dtype: torch.dtype,
 ) -> Kernel:
-    """The kernel with 16-byte accesses for `activation`, out of what `cuda_kernels` found."""
-    itemsize = dtype.itemsize
+    """The kernel for aligned tensors of `activation`, out of what `cuda_kernels` found."""
     element = re.escape(CUDA_TYPES[dtype])
     pattern = (
-        rf"{direction}_kernel<{16 // itemsize}, {str(masked).lower()}, "
+        rf"{direction}_kernel<(\d+), {str(masked).lower()}, "
         rf"fused_act::{activation.name.replace('_', '')}<{element}>"
     )
-    ((name, instructions),) = (
-        (name, instructions)
-        for name, instructions in kernels
-        if re.search(pattern, name, flags=re.IGNORECASE)
-    )
-    return Kernel(name, instructions, 32 // itemsize)
+    matches = (re.search(pattern, name, flags=re.IGNORECASE) for name in kernels)
+    widest = max(filter(None, matches), key=lambda match: int(match[1]))
+    return Kernel(widest.string, *kernels[widest.string], CUDA_THREADS, dtype)
+
+
+def aten_kernels(library: Path, capability: int) -> dict[str, Function]:
+    """ATen's vectorized kernels of the activations, by C++ name, out of a libtorch_cuda.so.
+
+    A library without code for sm_89 has some for sm_86 or sm_80, which is what such a GPU runs.
+    """
+    kernels = "|".join(itertools.chain(*ATEN_KERNELS.values()))
+    elements = r"N\w+4HalfE|N\w+8BFloat16E|f"
+    pattern = rf"(_Z\S+vectorized_elementwise_kernel\S+\d(?:{kernels})E\S+EUl(?:{elements})\S+):"
+    held = {
+        int(number)
+        for number in re.findall(r"\.sm_(\d+)\.", run("cuobjdump", "-lelf", str(library)))
+    }
+    for older in sorted(held & set(range(capability // 10 * 10, capability + 1)), reverse=True):
+        architecture = ["-arch", f"sm_{older}"]
+        listed = run("cuobjdump", "-res-usage", *architecture, str(library))
+        if names := set(re.findall(pattern, listed)):
+            # By name: the library holds thousands of others.
+            functions = disassemble(library, *architecture, "-fun", ",".join(names))
+            return dict(zip(demangle(functions), functions.values()))
+    raise Unavailable(f"{library} has none of ATen's activations for sm_{capability}")
+
+
+def aten_kernel(
+    kernels: dict[str, Function], activation: Activation, direction: str, dtype: torch.dtype
+) -> Kernel:
+    """The kernel that ATen launches for aligned tensors, out of what `aten_kernels` found."""
+    lambda_of = dict(zip(("forward", "backward"), ATEN_KERNELS[activation.name]))[direction]
+    element = re.escape(CUDA_TYPES[dtype])
+    # For 16 bytes, which makes no accesses but on sm_90 and sm_100; elsewhere ATen takes the other.
+    for width in (16 // dtype.itemsize, 4):
+        pattern = rf"_kernel<{width}, .*::{lambda_of}\(.*\{{lambda\({element}[,)]"
+        ((name, function),) = (
+            (name, function) for name, function in kernels.items() if re.search(pattern, name)
+        )
+        if any(one.is_wide for one in function.instructions):
+            return Kernel(name, *function, ATEN_THREADS, dtype)
+    raise ValueError(f"{name}: no wide access")
 
 
 def cuda_ptx(library: Path) -> str:
     """The PTX that the extension carries for GPUs to come."""
-    command = [tool("cuobjdump"), "-ptx", str(library)]
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return run("cuobjdump", "-ptx", str(library))
 
 
 def block_index_uses(ptx: str) -> dict[str, list[str]]:
@@ -287,47 +361,3 @@ def kernels() -> Iterator[tuple[Activation, str, bool]]:
         if activation.saves_mask:
             yield activation, "forward", True
         yield activation, "backward", activation.saves_mask
-
-
-def rows(capability: int) -> Iterator[dict]:
-    """The instructions of each kernel for sm_`capability`, in both backends."""
-    extension_kernels = cuda_kernels(extension(), capability) if extension() else []
-    for (activation, direction, masked), dtype in itertools.product(kernels(), TRITON_TYPES):
-        found = {"triton": triton_kernel(activation, direction, dtype, capability, masked=masked)}
-        if extension_kernels:
-            found["cuda"] = cuda_kernel(
-                extension_kernels, activation, direction, dtype, masked=masked
-            )
-        for backend, kernel in found.items():
-            yield {
-                "backend": backend,
-                "activation": activation.name,
-                "direction": f"{direction} with mask" if masked else direction,
-                "dtype": str(dtype).removeprefix("torch."),
-                "capability": capability,
-                "instructions_per_element": kernel.instructions_per_element(),
-                "loads": " ".join(map(str, kernel.accesses("LDG"))),
-                "stores": " ".join(map(str, kernel.accesses("STG"))),
-                "late_loads": kernel.late_loads(),
-                "spills": kernel.spills(),
-            }
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--capability", type=int, default=90, help="90 for sm_90 (%(default)s)", metavar="N"
-    )
-    arguments = parser.parse_args()
-    found = list(rows(arguments.capability))
-    folder = environment.ROOT / "results" / "machine_code"
-    environment.write_csv(folder / f"sm_{arguments.capability}.csv", found)
-    print(
-        environment.table(list(found[0]), [[str(cell) for cell in row.values()] for row in found])
-    )
-
-
-if __name__ == "__main__":
-    main()
