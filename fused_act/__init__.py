@@ -5,6 +5,7 @@ from fused_act.activations.mish import Mish, MishFunction, mish
 from fused_act.activations.relu6 import ReLU6, ReLU6Function, relu6
 from fused_act.activations.swish import SiLU, Swish, SwishFunction, silu, swish
 from fused_act.backends import available_backends, use_backend
+from fused_act.rematerialization import rematerialize
 from fused_act.replace import replace_activations, restore_activations
 from fused_act.version import __version__
 
@@ -20,6 +21,7 @@ __all__ = [
     "available_backends",
     "mish",
     "relu6",
+    "rematerialize",
     "replace_activations",
     "restore_activations",
     "silu",

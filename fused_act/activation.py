@@ -13,6 +13,7 @@ from typing import ClassVar
 import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
+from torch.autograd.graph import Node
 
 from fused_act import backends
 from fused_act.backends import DTYPES, PLAIN, Kernels, eager
@@ -33,6 +34,8 @@ class Activation:
         parameters: names of the float parameters that follow `x`.
         saves_mask: the derivative is 0 or 1 everywhere, so that one bit an element is saved for
             backward instead of `x`.
+        torch_node: the parameters of a node of the autograd graph that computed torch's own op, or
+            None of any other node.
     """
 
     name: str
@@ -43,6 +46,7 @@ class Activation:
     fuses: Callable[..., bool] = lambda *parameters: False
     parameters: tuple[str, ...] = ()
     saves_mask: bool = False
+    torch_node: Callable[[Node], tuple[float, ...] | None] = lambda node: None
     eager: Kernels = dataclasses.field(init=False)
     formula: Kernels = dataclasses.field(init=False)
     Function: type[KernelFunction] = dataclasses.field(init=False)

@@ -47,6 +47,7 @@ MISH = Activation(
     forward=forward,
     derivative=derivative,
     fuses=lambda: True,
+    torch_node=lambda node: () if node.name() == "MishBackward0" else None,
 )
 
 

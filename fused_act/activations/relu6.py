@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.graph import Node
 from torch.jit import is_scripting
 
 from fused_act.activation import Activation, activate
@@ -20,11 +21,18 @@ def torch_backward(grad_output: Tensor, x: Tensor) -> Tensor:
     return torch.ops.aten.hardtanh_backward.default(grad_output, x, 0.0, 6.0)
 
 
+def torch_node(node: Node) -> tuple[()] | None:
+    if node.name() != "HardtanhBackward0":
+        return None
+    return () if (node._saved_min_val, node._saved_max_val) == (0, 6) else None
+
+
 RELU6 = Activation(
     name="relu6",
     torch_forward=F.relu6,
     torch_backward=torch_backward,
     saves_mask=True,
+    torch_node=torch_node,
 )
 
 

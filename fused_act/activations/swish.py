@@ -67,6 +67,7 @@ SWISH = Activation(
     parameters=("beta",),
     # Inductor does torch's own SiLU as well as it can be done. Beyond 1e30, x * q underflows.
     fuses=lambda beta: beta != 1.0 and abs(beta) <= 1e30,
+    torch_node=lambda node: (1.0,) if node.name() == "SiluBackward0" else None,
 )
 
 

@@ -1,0 +1,232 @@
+"""`rematerialize`: what can be computed again from what is saved anyway is not saved for backward.
+
+An activation's output is the next layer's input, which that layer saves. Mish and Swish save their
+own input too, so the output can be computed from it again: the same kernel on the same input gives
+the same bits. Everything rests on `torch.autograd.graph.saved_tensors_hooks` and on what a node of
+the graph tells of itself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import warnings
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import Node, saved_tensors_hooks
+
+from fused_act.activation import KernelFunction
+from fused_act.activations import ACTIVATIONS
+from fused_act.backends import PLAIN
+
+LOCK = threading.RLock()
+PEEKING = threading.local()
+RECOMPUTED = "fused_act.rematerialize"  # the key in a node's metadata
+# Whether a norm's output, computed again, has the same bits, by what could make a difference.
+SAME_BITS: dict[tuple, bool] = {}
+
+
+class Kept:
+    """A tensor that is saved as ever, and must not have been changed when it is needed.
+
+    With hooks, torch does not look for changes. Detached, or an op that saves its own output would
+    keep itself alive.
+    """
+
+    def __init__(self, tensor: Tensor):
+        self.tensor = tensor.detach()
+        self.version = tensor._version
+
+    def get(self) -> Tensor:
+        if self.tensor._version != self.version:
+            raise RuntimeError(
+                "one of the variables needed for gradient computation has been modified by an "
+                f"inplace operation: [{self.tensor.type()} {list(self.tensor.shape)}] is at "
+                f"version {self.tensor._version}; expected version {self.version} instead"
+            )
+        return self.tensor
+
+
+class Recomputed:
+    """A tensor that is computed when it is needed, out of `sources`, once for all who need it."""
+
+    def __init__(self, compute: Callable[..., Tensor], sources: list[Kept | Recomputed]):
+        self.compute, self.sources = compute, sources
+        self.users = self.waiting = 0
+        self.value = None
+        for source in sources:
+            if isinstance(source, Recomputed):
+                source.users += 1
+
+    def get(self) -> Tensor:
+        with LOCK:
+            if self.value is None:
+                self.value = self.compute(*(source.get() for source in self.sources))
+                self.waiting = self.users
+            value = self.value
+            self.waiting -= 1
+            if self.waiting <= 0:
+                self.value = None
+            return value
+
+
+class View:
+    """A view of a tensor that is computed again."""
+
+    def __init__(self, base: Recomputed, view: Tensor):
+        self.base = base
+        self.layout = view.size(), view.stride(), view.storage_offset()
+
+    def get(self) -> Tensor:
+        return self.base.get().as_strided(*self.layout)
+
+
+def pack(tensor: Tensor, norm: bool) -> Kept | Recomputed | View:
+    base = tensor._base if tensor._is_view() else tensor
+    recomputed = None
+    # A write bumps the version; those that autograd sees also change grad_fn.
+    plain = type(tensor) in PLAIN and type(base) in PLAIN and base.dtype is tensor.dtype
+    if plain and base._version == 0 and base.grad_fn is not None:
+        recomputed = recompute(base, norm)
+    if recomputed is None:
+        return Kept(tensor)
+    recomputed.users += 1
+    return recomputed if base is tensor else View(recomputed, tensor)
+
+
+def unpack(packed: Kept | Recomputed | View) -> Tensor:
+    seen = getattr(PEEKING, "seen", None)
+    if seen is not None:
+        seen.append(packed)
+        return torch.empty(0)
+    return packed.get()
+
+
+def peek(read: Callable[[], Tensor | Sequence[Tensor]]) -> list[Kept | Recomputed | View]:
+    """What `pack` made of the saved tensors that `read` reads from a node; computes none again."""
+    PEEKING.seen = []
+    try:
+        tensors = read()
+        if PEEKING.seen:
+            return PEEKING.seen
+    finally:
+        PEEKING.seen = None
+    return [Kept(tensor) for tensor in ([tensors] if isinstance(tensors, Tensor) else tensors)]
+
+
+def recompute(tensor: Tensor, norm: bool) -> Recomputed | None:
+    """How to compute `tensor`, or None if there is no way."""
+    node = tensor.grad_fn
+    known = node.metadata.get(RECOMPUTED, lambda: None)()
+    if known is not None:
+        return known
+    try:
+        found = of_activation(node) or (norm and of_norm(node, tensor)) or None
+    except RuntimeError:  # the node has let go of what it saved: its backward has run
+        return None
+    if found is not None:
+        node.metadata[RECOMPUTED] = weakref.ref(found)
+    return found
+
+
+def of_activation(node: Node) -> Recomputed | None:
+    function = getattr(node, "_forward_cls", None)
+    if function is not None:
+        if not issubclass(function, KernelFunction) or node.kernels.forward_with_mask is not None:
+            return None
+        forward, parameters = node.kernels.forward, node.parameters
+        (x,) = peek(lambda: node.saved_tensors)
+    else:
+        for activation in ACTIVATIONS:
+            parameters = activation.torch_node(node)
+            if parameters is not None:
+                break
+        else:
+            return None
+        forward = activation.eager.forward
+        (x,) = peek(lambda: node._saved_self)
+    return Recomputed(lambda x: forward(x, *parameters), [x])
+
+
+NORMS = {
+    "NativeBatchNormBackward0": torch.native_batch_norm,
+    "CudnnBatchNormBackward0": torch.cudnn_batch_norm,
+}
+
+
+def of_norm(node: Node, y: Tensor) -> Recomputed | None:
+    """Batch normalization, from its input, with its statistics computed again while training."""
+    function = NORMS.get(node.name())
+    if function is None:
+        return None
+    weight, bias = node._saved_weight, None
+    if weight is not None:
+        (weight,) = peek(lambda: node._saved_weight)
+        bias = getattr(node.next_functions[2][0], "variable", None)
+        if bias is None:  # frozen or computed: the node does not know it
+            return None
+        bias = Kept(bias)
+    training = node._saved_training
+    mean = variance = None
+    if not training:
+        (mean,) = peek(lambda: node._saved_running_mean)
+        (variance,) = peek(lambda: node._saved_running_var)
+    epsilon = node._saved_eps if hasattr(node, "_saved_eps") else node._saved_epsilon
+
+    def compute(x: Tensor) -> Tensor:
+        arguments = (kept and kept.get() for kept in (weight, bias, mean, variance))
+        return function(x, *arguments, training, 0.0, epsilon)[0]
+
+    (x,) = peek(lambda: node._saved_input)
+    configuration = (node.name(), training, y.device, y.dtype, y.shape, y.stride())
+    if configuration not in SAME_BITS:
+        SAME_BITS[configuration] = same_bits(compute(x.get()), y)
+        if not SAME_BITS[configuration]:
+            warnings.warn(
+                f"rematerialize: {node.name()} for {y.dtype} {list(y.shape)} on {y.device} gives "
+                "other bits the second time, so its output is kept",
+                stacklevel=2,
+            )
+    return Recomputed(compute, [x]) if SAME_BITS[configuration] else None
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}[a.dtype.itemsize]
+    return a.stride() == b.stride() and torch.equal(a.view(bits), b.view(bits))
+
+
+@contextlib.contextmanager
+def rematerialize(*, norm: bool = False) -> Iterator[None]:
+    """Save less for backward: in this block, or in a function decorated with `@rematerialize()`.
+
+    An output of Mish, Swish or ReLU6 that a later operation saves for backward, such as the input
+    of a convolution or a linear layer, is not kept but computed again from the input of the
+    activation, where that is saved anyway. So it is for the fused kernels of Mish and Swish, and
+    for torch's own Mish, SiLU and ReLU6. Gradients are the same, bit for bit.
+
+    What is kept all the same: what an activation has written in place, the output of a ReLU6 kernel
+    (which saves bits, not its input), of a Swish with another `beta` than 1 where no kernel runs,
+    and of an activation whose output was changed afterwards or cast by autocast.
+
+    Args:
+        norm: also compute the outputs of batch normalization again, from its input. Where torch
+            does not give the same bits twice, which the first call of each shape tries, one warning
+            says so and they are kept. It takes a norm whose weight and bias are parameters that
+            require grad, or that has none.
+
+    PyTorch runs only the innermost of nested saved-tensor hooks: within `torch.utils.checkpoint` or
+    `save_on_cpu` in the block theirs apply, and within this block theirs do not. Under
+    `torch.compile`, whose partitioner weighs what to compute again, it does nothing.
+
+    Raises:
+        RuntimeError: in backward, as torch does, where a tensor that is needed was changed.
+    """
+    if torch.compiler.is_compiling():
+        yield
+        return
+    with saved_tensors_hooks(partial(pack, norm=norm), unpack):
+        yield

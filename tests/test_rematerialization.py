@@ -1,0 +1,578 @@
+"""`rematerialize`: less is saved for backward, and every gradient is the same, bit for bit.
+
+Without a GPU the kernels run in the interpreter, as in test_kernels.py.
+"""
+
+import contextlib
+import gc
+import random
+import threading
+import weakref
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import fused_act
+from benchmarks.compare_memory import saved_bytes
+from benchmarks.networks import csp_network, digits_network
+from fused_act import rematerialization
+from fused_act.rematerialization import Kept, Recomputed, same_bits
+from tests.cases import BACKENDS, CASES, DEVICE, INTERPRET, all_cases
+
+GRAPHS = 200 if INTERPRET else 2000
+PART = 100  # graphs of one test
+
+plain = contextlib.nullcontext
+remat = fused_act.rematerialize
+
+
+def conv(x, seed):
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(4, x.shape[1], 1, 1, generator=generator).to(x).requires_grad_()
+    return F.conv2d(x, weight), [weight]
+
+
+def norm(x, seed, training=True):
+    generator = torch.Generator().manual_seed(seed)
+    weight, bias = torch.randn(2, x.shape[1], generator=generator).to(x).unbind()
+    parameters = [weight.clone().requires_grad_(), bias.clone().requires_grad_()]
+    running = torch.zeros_like(weight), torch.ones_like(weight)
+    return F.batch_norm(x, *running, *parameters, training=training), parameters
+
+
+# What a random graph is made of: `(x, activation, seed) -> y, parameters`.
+def activated(x, f, seed):
+    return f(x), []
+
+
+def activated_in_place(x, f, seed):
+    return f(x * 1, inplace=True), []
+
+
+def activated_twice(x, f, seed):
+    return f(f(x)), []
+
+
+def convolved(x, f, seed):
+    return conv(x, seed)
+
+
+def activated_and_convolved(x, f, seed):
+    return conv(f(x), seed)
+
+
+def normalized(x, f, seed):
+    return norm(x, seed)
+
+
+def normalized_in_evaluation(x, f, seed):
+    return norm(x, seed, training=False)
+
+
+def block(x, f, seed):
+    y, of_conv = conv(x, seed)
+    y, of_norm = norm(y, seed + 1)
+    y, of_next = conv(f(y), seed + 2)
+    return y, of_conv + of_norm + of_next
+
+
+def used_twice(x, f, seed):
+    y = f(x)
+    (a, first), (b, second) = conv(y, seed), conv(y, seed + 1)
+    return a + b, first + second
+
+
+def viewed(x, f, seed):
+    y = f(x)
+    weight = torch.randn(3, 5, generator=torch.Generator().manual_seed(seed)).to(x)
+    weight.requires_grad_()
+    left = y[:, :1] * y[:, 1:2]
+    flat = F.linear(y.transpose(2, 3).flatten(2)[..., :5], weight)
+    return torch.cat([y[:, :3] * left, flat.sum() * left], 1), [weight]
+
+
+def viewed_as_complex(x, f, seed):
+    y = torch.view_as_complex(f(x[..., :4].reshape(*x.shape[:3], 2, 2)))
+    return x + (y * y).abs().sum(), []
+
+
+def changed_afterwards(x, f, seed):
+    y = f(x)
+    y.mul_(0.5)
+    return conv(y, seed)
+
+
+def changed_unseen(x, f, seed):
+    y = f(x)
+    with torch.no_grad():
+        y.add_(0.25)
+    return conv(y, seed)
+
+
+def changed_view(x, f, seed):
+    y = f(x)
+    y[:, 0].mul_(0.5)
+    return conv(y, seed)
+
+
+def saved_and_changed(x, f, seed):
+    y = f(x)
+    z, parameters = conv(y, seed)
+    y.add_(1)
+    return z + y, parameters
+
+
+def input_changed(x, f, seed):
+    h = x * 2
+    z, parameters = conv(f(h), seed)
+    with torch.no_grad():
+        h.add_(1)
+    return z, parameters
+
+
+def saves_its_output(x, f, seed):
+    y = f(x)
+    return y.sigmoid() * y.tanh(), []
+
+
+def checkpointed(x, f, seed):
+    # Made before: computed again, they would be others.
+    weights = conv(x.detach(), seed)[1]
+    y = checkpoint(lambda x, w: f(F.conv2d(f(x), w)), x, *weights, use_reentrant=False)
+    return y, weights
+
+
+def cast(x, f, seed):
+    y = f(x).to(torch.bfloat16)
+    z, parameters = conv(y, seed)
+    return z.to(x.dtype), parameters
+
+
+def detached(x, f, seed):
+    return conv(f(x).detach() + x, seed)
+
+
+PIECES = [
+    activated,
+    activated_in_place,
+    activated_twice,
+    convolved,
+    activated_and_convolved,
+    normalized,
+    normalized_in_evaluation,
+    block,
+    used_twice,
+    viewed,
+    viewed_as_complex,
+    changed_afterwards,
+    changed_unseen,
+    changed_view,
+    saved_and_changed,
+    input_changed,
+    saves_its_output,
+    checkpointed,
+    cast,
+    detached,
+]
+
+
+def run(pieces, function, context):
+    """The result and all gradients, or the error, of a graph built in `context`."""
+    x = torch.randn(2, 4, 3, 5, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+    x.requires_grad_()
+    try:
+        leaves = [x]
+        with context:
+            y = x
+            for piece, seed in pieces:
+                y, parameters = piece(y, function, seed)
+                leaves += parameters
+        grads = torch.autograd.grad(
+            y, leaves, torch.ones_like(y), allow_unused=True, retain_graph=True
+        )
+        again = torch.autograd.grad(y, leaves, torch.ones_like(y), allow_unused=True)
+    except RuntimeError as error:
+        return error
+    assert all(a is b is None or same_bits(a, b) for a, b in zip(grads, again))
+    return [y, *grads]
+
+
+def assert_same(ours, theirs):
+    if isinstance(theirs, RuntimeError):  # ours may be right where torch refuses
+        assert "modified by an inplace operation" in str(theirs)
+        assert not isinstance(ours, RuntimeError) or "modified by an inplace" in str(ours)
+        return
+    for a, b in zip(ours, theirs, strict=True):
+        assert a is b is None or same_bits(a, b)
+
+
+@pytest.fixture(params=["auto", *BACKENDS])
+def backend(request):
+    with fused_act.use_backend(request.param):
+        yield request.param
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("first", range(0, GRAPHS, PART))
+def test_random_graphs(backend, first):
+    for seed in range(first, first + PART):
+        draw = random.Random(seed)
+        case = draw.choice(CASES)
+        pieces = [(draw.choice(PIECES), draw.randrange(10**6)) for _ in range(draw.randint(1, 6))]
+        # A kernel's bits are not torch's.
+        reference = case.torch_function if backend == "auto" and DEVICE == "cpu" else case.function
+        theirs = run(pieces, reference, plain())
+        for options in ({}, {"norm": True}):
+            ours = run(pieces, case.function, remat(**options))
+            try:
+                assert_same(ours, theirs)
+            except AssertionError:
+                names = [piece.__name__ for piece, _ in pieces]
+                pytest.fail(f"seed {seed}, {case}, {options}: {names}: {ours}, {theirs}")
+
+
+def kept_bytes(not_counted=()):
+    """Bytes of the storages that are kept for backward, by whoever, each once."""
+    gc.collect()
+    addresses = {tensor.untyped_storage().data_ptr() for tensor in not_counted}
+    storages = {
+        each.tensor.untyped_storage().data_ptr(): each.tensor.untyped_storage().nbytes()
+        for each in gc.get_objects()
+        if type(each) is Kept
+    }
+    return sum(size for address, size in storages.items() if address not in addresses)
+
+
+def stack(activation, with_norm):
+    layers, channels = [], 1
+    for _ in range(6):
+        layers.append(nn.Conv2d(channels, 16, 3, padding=1))
+        channels = 16
+        layers += [nn.BatchNorm2d(16), activation()] if with_norm else [activation()]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+
+NETWORKS = {
+    "conv-act": lambda activation: stack(activation, False),
+    "conv-norm-act": lambda activation: stack(activation, True),
+    "mobilenet_v2": digits_network,
+    "csp": csp_network,
+}
+# At most, of what torch saves: without and with `norm`.
+SHARES = {
+    "conv-act": (0.60, 0.60),
+    "conv-norm-act": (0.77, 0.50),
+    "mobilenet_v2": (0.77, 0.50),
+    "csp": (0.77, 0.50),
+}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("kind", [fused_act.Mish, fused_act.SiLU, fused_act.ReLU6])
+def test_less_is_kept_and_gradients_are_the_same(name, kind):
+    torch.manual_seed(0)
+    network = NETWORKS[name](kind)
+    x = torch.randn(2, 1, 16, 16)
+    not_counted = [x, *network.parameters(), *network.buffers()]
+    saved = saved_bytes(lambda: network(x), not_counted)
+    expected = gradients(network, x, plain())
+    for with_norm, share in zip((False, True), SHARES[name]):
+        with remat(norm=with_norm):
+            y = network(x)
+        assert 0 < kept_bytes(not_counted) <= share * saved
+        del y
+        for a, b in zip(gradients(network, x, remat(norm=with_norm)), expected):
+            assert torch.equal(a, b)
+
+
+def gradients(network, x, context):
+    with context:
+        y = network(x)
+    return torch.autograd.grad(y.square().sum(), [*network.parameters()])
+
+
+def mish_conv(weight):
+    """A leaf, its Mish, which a convolution saves, and the result."""
+    leaf = torch.randn(2, 4, 3, 5, requires_grad=True)
+    with remat():
+        y = fused_act.mish(leaf * 1)
+        return leaf, y, F.conv2d(y, weight)
+
+
+@pytest.fixture
+def weight():
+    return torch.randn(4, 4, 1, 1, requires_grad=True)
+
+
+def test_nothing_is_kept_alive(weight):
+    gc.collect()
+    leaf, y, z = mish_conv(weight)
+    with remat():
+        z = z.sigmoid()  # which saves its own output
+    saved = [weakref.ref(each) for each in gc.get_objects() if type(each) in (Kept, Recomputed)]
+    assert saved
+    gc.disable()
+    try:
+        del leaf, y, z
+        assert not [each for each in saved if each() is not None]
+    finally:
+        gc.enable()
+
+
+class Calls(torch.utils._python_dispatch.TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.ops = []
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        self.ops.append(op)
+        return op(*args, **kwargs or {})
+
+
+def test_output_saved_twice_is_computed_once(weight):
+    leaf = torch.randn(2, 4, 3, 5, requires_grad=True)
+    with remat():
+        y = fused_act.mish(leaf * 1)
+        z = F.conv2d(y, weight) * F.conv2d(y[:, :], weight)
+    for _ in range(2):
+        with Calls() as calls:
+            torch.autograd.grad(z.sum(), [leaf, weight], retain_graph=True)
+        assert calls.ops.count(torch.ops.aten.mish.default) == 1
+
+
+def test_norm_that_two_need_is_computed_once(weight):
+    x = torch.randn(2, 4, 3, 5, requires_grad=True)
+    norm = nn.BatchNorm2d(4)
+    with remat(norm=True):
+        z = F.conv2d(fused_act.mish(norm(x * 1)), weight)
+    with Calls() as calls:
+        torch.autograd.grad(z.sum(), x)
+    assert calls.ops.count(torch.ops.aten.native_batch_norm.default) == 1
+
+
+def test_a_backward_to_some_leaves_a_right_one_to_the_rest(weight):
+    leaf, _, z = mish_conv(weight)
+    expected = torch.autograd.grad(F.conv2d(F.mish(leaf * 1), weight).sum(), [leaf, weight])
+    for index in (1, 0, 0, 1):
+        (grad,) = torch.autograd.grad(z.sum(), [(leaf, weight)[index]], retain_graph=True)
+        assert torch.equal(grad, expected[index])
+
+
+@all_cases
+def test_second_derivative(case, weight):
+    x = torch.randn(2, 4, 3, 5, dtype=torch.float64, requires_grad=True)
+    weight = weight.detach().double().requires_grad_()
+
+    def second(function, context):
+        with context:
+            y = F.conv2d(function(x * 1), weight).square().sum()
+        first = torch.autograd.grad(y, [x, weight], create_graph=True)
+        return torch.autograd.grad(sum(grad.square().sum() for grad in first), [x, weight])
+
+    for a, b in zip(second(case.function, remat()), second(case.torch_function, plain())):
+        assert torch.equal(a, b)
+
+
+def test_decorated_function(weight):
+    @fused_act.rematerialize(norm=True)
+    def function(x):
+        assert x.requires_grad
+        return F.conv2d(fused_act.mish(x * 1), weight)
+
+    x = torch.randn(2, 4, 3, 5, requires_grad=True)
+    for _ in range(2):
+        y = function(x)
+        assert kept_bytes([x, weight]) == x.nbytes  # the activation's input
+        del y
+
+
+def test_exception_ends_the_block(weight):
+    with pytest.raises(KeyError), remat():
+        raise KeyError
+    y = F.conv2d(fused_act.mish(torch.randn(2, 4, 3, 5) * weight.sum()), weight)
+    assert kept_bytes() == 0
+    y.sum().backward()
+
+
+def test_weight_changed_before_backward_is_refused(weight):
+    _, _, z = mish_conv(weight)
+    with torch.no_grad():
+        weight.mul_(2)
+    with pytest.raises(RuntimeError, match=r"modified by an inplace operation: \[.*at version 1"):
+        z.sum().backward()
+
+
+def test_input_changed_before_backward_is_refused(weight):
+    h = torch.randn(2, 4, 3, 5, requires_grad=True) * 1
+    with remat():
+        z = F.conv2d(fused_act.mish(h), weight)
+    with torch.no_grad():
+        h.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        z.sum().backward()
+
+
+def test_input_freed_by_the_user(weight):
+    leaf = torch.randn(2, 4, 3, 5, requires_grad=True)
+    h = leaf * 1
+    with remat():
+        z = F.conv2d(fused_act.mish(h), weight)
+    h.data = torch.empty(0)
+    expected = torch.autograd.grad(F.conv2d(F.mish(leaf * 1), weight).sum(), [leaf, weight])
+    for a, b in zip(torch.autograd.grad(z.sum(), [leaf, weight]), expected):
+        assert torch.equal(a, b)
+
+
+def test_graph_that_is_gone_is_no_way_to_compute_again(weight):
+    leaf = torch.randn(2, 4, 3, 5, requires_grad=True)
+    y = fused_act.mish(leaf * 1)
+    y.sum().backward()
+    with remat():
+        z = F.conv2d(y, weight)
+    (grad,) = torch.autograd.grad(z.sum(), weight)
+    assert torch.equal(grad, torch.autograd.grad(F.conv2d(y.detach(), weight).sum(), weight)[0])
+
+
+def test_no_grad_keeps_nothing(weight):
+    with remat(), torch.no_grad():
+        z = F.conv2d(fused_act.mish(torch.randn(2, 4, 3, 5)), weight)
+    assert kept_bytes() == 0
+    assert not z.requires_grad
+
+
+def test_other_threads_are_not_affected(weight):
+    found = []
+
+    def work():
+        y = F.conv2d(fused_act.mish(torch.randn(2, 4, 3, 5) * weight.sum()), weight)
+        found.append((kept_bytes(), y))
+
+    with remat():
+        thread = threading.Thread(target=work)
+        thread.start()
+        thread.join()
+    assert found[0][0] == 0
+
+
+def test_backward_in_many_threads():
+    network = csp_network(fused_act.Mish)
+    x = torch.randn(2, 1, 16, 16)
+    expected = gradients(network, x, plain())
+    results = []
+
+    def work():
+        for _ in range(5):
+            results.append(gradients(network, x, remat(norm=True)))
+
+    network.eval()
+    expected = gradients(network, x, plain())
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(results) == 20
+    for result in results:
+        for a, b in zip(result, expected):
+            assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("with_norm", [False, True])
+def test_autocast(with_norm):
+    network = digits_network(fused_act.Mish)
+    x = torch.randn(2, 1, 16, 16)
+
+    def run(context):
+        with torch.autocast("cpu", dtype=torch.bfloat16), context:
+            y = network(x)
+        return torch.autograd.grad(y.float().square().sum(), [*network.parameters()])
+
+    for a, b in zip(run(remat(norm=with_norm)), run(plain())):
+        assert torch.equal(a, b)
+
+
+def test_innermost_hooks_apply(weight):
+    leaf = torch.randn(2, 4, 3, 5, requires_grad=True)
+    with remat(), torch.autograd.graph.save_on_cpu():
+        z = F.conv2d(fused_act.mish(leaf * 1), weight)
+    assert kept_bytes() == 0
+    with torch.autograd.graph.save_on_cpu(), remat():
+        z2 = F.conv2d(fused_act.mish(leaf * 1), weight)
+    assert kept_bytes([weight]) == leaf.nbytes
+    for y in (z, z2):
+        (grad,) = torch.autograd.grad(y.sum(), leaf)
+        assert torch.equal(
+            grad, torch.autograd.grad(F.conv2d(F.mish(leaf * 1), weight).sum(), leaf)[0]
+        )
+
+
+def test_norm_that_differs_the_second_time_is_kept(monkeypatch):
+    def other(x, *args):
+        return (torch.native_batch_norm(x, *args)[0] * (1 + 2**-20),)
+
+    monkeypatch.setitem(rematerialization.NORMS, "NativeBatchNormBackward0", other)
+    monkeypatch.setattr(rematerialization, "SAME_BITS", {})
+    network = stack(fused_act.Mish, True)
+    x = torch.randn(2, 1, 16, 16)
+    expected = gradients(network, x, plain())
+    with pytest.warns(UserWarning, match="gives other bits the second time") as warned:
+        found = gradients(network, x, remat(norm=True))
+    assert len(warned) == 1
+    for a, b in zip(found, expected):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("frozen", ["weight", "bias", "both", "no affine"])
+@pytest.mark.parametrize("training", [False, True])
+def test_norms_of_all_kinds(frozen, training):
+    network = nn.Sequential(
+        nn.Conv2d(1, 4, 1), nn.BatchNorm2d(4, affine=frozen != "no affine"), nn.SiLU(),
+        nn.Conv2d(4, 2, 1),
+    )  # fmt: skip
+    network[1].running_mean += 0.5
+    if frozen in ("weight", "both"):
+        network[1].weight.requires_grad_(False)
+    if frozen in ("bias", "both"):
+        network[1].bias.requires_grad_(False)
+    network.train(training)
+    x = torch.randn(2, 1, 16, 16)
+
+    def run(context):
+        with context:
+            y = network(x)
+        leaves = [parameter for parameter in network.parameters() if parameter.requires_grad]
+        return torch.autograd.grad(y.square().sum(), leaves)
+
+    for a, b in zip(run(remat(norm=True)), run(plain())):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_compiled_code_is_as_ever(inside, weight):
+    def function(x):
+        with remat() if inside else plain():
+            return F.conv2d(fused_act.mish(x * 1), weight)
+
+    torch.compiler.reset()
+    compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
+    x = torch.randn(2, 4, 3, 5, requires_grad=True)
+    with plain() if inside else remat():
+        y = compiled(x)
+    for a, b in zip(
+        torch.autograd.grad(y.sum(), [x, weight]),
+        torch.autograd.grad(F.conv2d(F.mish(x * 1), weight).sum(), [x, weight]),
+    ):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("backend", BACKENDS, indirect=True)
+def test_relu6_kernels_keep_their_output(backend):
+    leaf = torch.randn(2, 4, 3, 5, device=DEVICE, requires_grad=True)
+    weight = torch.randn(4, 4, 1, 1, device=DEVICE, requires_grad=True)
+    with remat():
+        y = F.conv2d(fused_act.relu6(leaf * 1), weight)
+    assert kept_bytes([weight]) == leaf.nbytes + leaf.numel() // 8
+    del y
