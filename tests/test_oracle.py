@@ -1,4 +1,4 @@
-"""The oracle, in float64, is right to far more bits than what it judges: beside mpmath, 60 digits."""
+"""The oracle, in float64, is right to far more bits than what it judges: mpmath has 60 digits."""
 
 import mpmath
 import pytest
