@@ -2,40 +2,56 @@
 
     python -m benchmarks.compare_memory [--dtypes bf16 fp32] [--compile-networks]
 
-An activation seldom stands alone: what the next layer saves as well costs nothing more. So there
-are four cases, and all figures are bytes for each element that an activation computes:
+An activation seldom stands alone: what the next layer saves as well costs nothing more. All figures
+are bytes for each element that an activation computes:
 
 - alone: `activation(x.clone())`, where only the activation can keep the clone;
 - conv-act-conv: 1 x 1 convolutions around it. The second saves the activation's output, whoever
   computes it. Parameters and the input do not count;
-- mobilenet_v2 and csp: training steps of small networks, with normalization, where convolutions and
-  norms save theirs too. Compiled networks take minutes, so they have to be asked for.
+- the others: training steps of small networks, where convolutions, linear layers and norms save
+  theirs too. Compiled networks take minutes, so they have to be asked for.
 
-saved is what autograd was given to save, each storage once. On a GPU the allocator tells two more:
-held after forward, the output included, and the peak on the way through forward and backward.
-Compiled code is not repeated in place, as the compiler makes the same of both; it compiles the
-whole case.
+saved is what the nodes of the graph keep beyond parameters and input, each storage once; by_* say
+which nodes: of activations, of norms, of layers (convolutions and linear layers); what two keep
+counts for the first of these. Of checkpoints, which nodes do not tell, it is what is allocated in
+forward and not freed, but for the output. peak, on a GPU, is the most on the way through forward
+and backward. ms is such a step of a network; all take turns.
+
+rematerialize and rematerialize-norm are fused_act's block of that name, without and with `norm`,
+around forward. checkpoint is `torch.utils.checkpoint` of every layer of the network. Compiled code
+is not repeated in place, as the compiler makes the same of both; it compiles the whole case.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import dataclasses
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import Node
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.checkpoint import checkpoint
 
-from benchmarks import environment, providers
-from benchmarks.networks import csp_network, digits_network
+import fused_act
+from benchmarks import environment, networks, providers, timing
 from benchmarks.providers import DEVICE, DTYPES, Provider
 from fused_act.activation import Activation
 from fused_act.activations import ACTIVATIONS
+from fused_act.backends.triton import INTERPRET
+from fused_act.rematerialization import Kept, peek
 
 CHANNELS = 32
-# Small on a CPU, where Triton's interpreter takes a second for 2^20 elements.
-SHAPE = (64, CHANNELS, 128, 64) if DEVICE.type == "cuda" else (4, CHANNELS, 16, 8)
-IMAGES = (256, 1, 64, 64) if DEVICE.type == "cuda" else (4, 1, 16, 16)
+ON_GPU = DEVICE.type == "cuda"
+# Small on a CPU, and smaller in Triton's interpreter, which takes a second for 2^20 elements.
+SHAPE = (64, CHANNELS, 128, 64) if ON_GPU else (4, CHANNELS, 16, 8)
+IMAGES = (256, 1, 64, 64) if ON_GPU else (2, 1, 16, 16) if INTERPRET else (4, 1, 48, 48)
+TOKENS = (64, 512, 64) if ON_GPU else (1, 16, 64) if INTERPRET else (4, 64, 64)
+ROUNDS, SECONDS = 9, 0.05  # turns of each network, and their length
 
 
 class Call(nn.Module):
@@ -58,147 +74,264 @@ class Alone(nn.Module):
         return self.activation(x.clone())
 
 
-class ConvActConv(nn.Module):
-    def __init__(self, activation: Callable[[], nn.Module]):
-        super().__init__()
-        self.first = nn.Conv2d(CHANNELS, CHANNELS, 1, bias=False)
-        self.activation = activation()
-        self.second = nn.Conv2d(CHANNELS, CHANNELS, 1, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.second(self.activation(self.first(x)))
+def conv_act_conv(activation: Callable[[], nn.Module]) -> nn.Sequential:
+    first, second = (nn.Conv2d(CHANNELS, CHANNELS, 1, bias=False) for _ in range(2))
+    return nn.Sequential(first, activation(), second)
 
 
-NETWORKS = {"mobilenet_v2": digits_network, "csp": csp_network}
-CASES = {"alone": Alone, "conv-act-conv": ConvActConv, **NETWORKS}
+@dataclasses.dataclass(frozen=True)
+class Case:
+    build: Callable[[Callable[[], nn.Module]], nn.Module]
+    shape: tuple[int, ...]
+    is_network: bool = True
 
 
-def saved_bytes(forward: Callable[[], Tensor], not_counted: list[Tensor]) -> int:
-    """Bytes of the storages that autograd saves in `forward`, but for those of `not_counted`."""
-    addresses = {tensor.untyped_storage().data_ptr() for tensor in not_counted}
-    sizes = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in addresses:
-            sizes[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    # The graph keeps what is saved while the output lives, so no address comes twice.
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        output = forward()
-    del output
-    return sum(sizes.values())
+CASES = {
+    "alone": Case(Alone, SHAPE, is_network=False),
+    "conv-act-conv": Case(conv_act_conv, SHAPE, is_network=False),
+    "conv-act stack": Case(partial(networks.stack, norm=False), IMAGES),
+    "conv-norm-act stack": Case(partial(networks.stack, norm=True), IMAGES),
+    "mobilenet_v2": Case(networks.digits_network, IMAGES),
+    "csp": Case(networks.csp_network, IMAGES),
+    "efficientnet": Case(networks.efficientnet, IMAGES),
+    "swiglu": Case(networks.swiglu_mlp, TOKENS),
+}
 
 
-def allocator_bytes(
-    forward: Callable[[], Tensor], inputs: list[Tensor], grad_output: Tensor
-) -> tuple[int, int]:
-    """What the allocator holds after forward and at the peak, beyond what was there before."""
+def checkpointed(module: nn.Module) -> Callable[[Tensor], Tensor]:
+    def forward(x: Tensor) -> Tensor:
+        for layer in module:
+            x = checkpoint(layer, x, use_reentrant=False)
+        return x
+
+    return forward
+
+
+# What a user of each can do besides, in networks: how it runs a module, and in which block.
+METHODS = {
+    "": (lambda module: module, contextlib.nullcontext),
+    "rematerialize": (lambda module: module, fused_act.rematerialize),
+    "rematerialize-norm": (lambda module: module, partial(fused_act.rematerialize, norm=True)),
+    "checkpoint": (checkpointed, contextlib.nullcontext),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Contender:
+    """A provider, in place or not, with one of METHODS."""
+
+    provider: Provider
+    inplace: bool
+    method: str
+
+    def can(self, activation: Activation, case: Case, compile_networks: bool) -> bool:
+        if self.provider.function(activation, self.inplace) is None:
+            return False
+        if self.provider.compiles:
+            asked = compile_networks or not case.is_network
+            return asked and not self.inplace and not self.method
+        if self.method == "checkpoint":
+            asked = case.is_network and not INTERPRET  # which allocates, too
+            return asked and self.provider.name == "aten" and not self.inplace
+        return not self.method or (self.provider.is_ours and not self.inplace)
+
+
+@contextlib.contextmanager
+def allocated(found: dict[str, int]) -> Iterator[None]:
+    """Put into `found` the bytes that are allocated inside and not freed, and the most there were.
+
+    On a CPU nobody knows the most.
+    """
+    if not ON_GPU:
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+            yield
+        found["held"] = sum(event.self_cpu_memory_usage for event in profiler.events())
+        return
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    output = forward()
-    held = torch.cuda.memory_allocated() - before
-    torch.autograd.grad(output, inputs, grad_output)
-    return held, torch.cuda.max_memory_allocated() - before
+    yield
+    found["held"] = torch.cuda.memory_allocated() - before
+    found["peak"] = torch.cuda.max_memory_allocated() - before
 
 
-def activation_numel(case: str, shape: tuple[int, ...]) -> int:
-    """The elements that all activations of a case compute for an input of `shape`."""
+# Who saves, by the names of their nodes.
+KINDS = {
+    "by_activations": ("Mish", "Swish", "Silu", "Relu6", "Hardtanh"),
+    "by_norms": ("Norm",),
+    "by_layers": ("Convolution", "Addmm", "Mm", "Bmm"),
+    "by_others": ("",),
+}
+
+
+def saved_by(output: Tensor, not_counted: set[int]) -> dict[str, int]:
+    """Bytes of the storages that the graph behind `output` keeps, by who has saved them."""
+    kept = {kind: {} for kind in KINDS}
+    nodes, visited = [output.grad_fn], set()
+    while nodes:
+        node = nodes.pop()
+        if node is None or node in visited:
+            continue
+        visited.add(node)
+        nodes += [following for following, _ in node.next_functions]
+        kind = next(
+            kind for kind, names in KINDS.items() if any(name in node.name() for name in names)
+        )
+        for tensor in kept_by(node):
+            storage = tensor.untyped_storage()
+            kept[kind][storage.data_ptr()] = storage.nbytes()
+    bytes_ = {}
+    for kind, storages in kept.items():
+        own = storages.keys() - not_counted
+        bytes_[kind] = sum(storages[address] for address in own)
+        not_counted = not_counted | own
+    return bytes_
+
+
+def kept_by(node: Node) -> Iterator[Tensor]:
+    """The tensors that a node keeps; not those that are computed again."""
+    names = [name.removeprefix("_raw") for name in dir(node) if name.startswith("_raw_saved_")]
+    if hasattr(node, "saved_tensors"):  # of a torch.autograd.Function
+        names = ["saved_tensors"]
+    for name in names:
+        if getattr(node, f"_raw{name}", ()) is not None:
+            packed = peek(lambda name=name: getattr(node, name))
+            yield from (each.tensor for each in packed if isinstance(each, Kept))
+
+
+def activation_numel(case: Case) -> int:
+    """The elements that all activations of a case compute."""
     numels = []
 
     def count(x: Tensor) -> Tensor:
         numels.append(x.numel())
         return x
 
-    CASES[case](lambda: Call(count))(torch.zeros(shape))
+    case.build(lambda: Call(count))(torch.zeros(case.shape))
     return sum(numels)
 
 
-def measure(
-    provider: Provider, activation: Activation, dtype: torch.dtype, case: str, inplace: bool
-) -> dict[str, float]:
-    """The figures of one provider in one case, in bytes."""
-    is_network = case in NETWORKS
-    x = torch.randn(IMAGES if is_network else SHAPE, dtype=dtype, device=DEVICE)
-    # The layout that Inductor gives convolutions; it would save a converted copy of the input.
-    x = x.to(memory_format=torch.channels_last).requires_grad_(not is_network)
-    function = provider.function(activation, inplace)
-    module = CASES[case](lambda: Call(function))
-    module = module.to(DEVICE, dtype, memory_format=torch.channels_last)
-    inputs = [*module.parameters()] if is_network else [x, *module.parameters()]
-    run = provider.prepare(module)
-    with provider.selected():
+class Run:
+    """A contender in a case, ready to run."""
+
+    def __init__(
+        self, contender: Contender, activation: Activation, dtype: torch.dtype, case: Case
+    ):
+        self.contender, self.case = contender, case
+        provider = contender.provider
+        torch.manual_seed(0)
+        x = torch.randn(case.shape, dtype=dtype, device=DEVICE)
+        # The layout that Inductor gives convolutions; it would save a converted copy of the input.
+        layout = torch.channels_last if x.dim() == 4 else torch.contiguous_format
+        self.x = x.to(memory_format=layout).requires_grad_(not case.is_network)
+        function = provider.function(activation, contender.inplace)
+        module = case.build(lambda: Call(function)).to(DEVICE, dtype, memory_format=layout)
+        self.parameters = [*module.parameters(), *([] if case.is_network else [self.x])]
+        self.not_counted = [*module.parameters(), *module.buffers()]
+        if case is not CASES["alone"]:  # there compiled code drops the clone and saves x instead
+            self.not_counted.append(self.x)
+        wrap, self.block = METHODS[contender.method]
+        self.module = provider.prepare(wrap(module))
         # Compiles what is to be compiled, and lets libraries take their workspaces.
-        output = run(x)
-        grad_output = torch.randn_like(output)
-        torch.autograd.grad(output, inputs, grad_output)
+        self.grad_output = torch.ones_like(self.forward())
+        self.step()
+
+    def forward(self) -> Tensor:
+        with self.contender.provider.selected(), self.block():
+            return self.module(self.x)
+
+    def step(self) -> None:
+        torch.autograd.grad(self.forward(), self.parameters, self.grad_output)
+
+    def bytes(self) -> dict[str, int]:
+        found = {}
+        with allocated(found):
+            output = self.forward()
+        if self.contender.method == "checkpoint":
+            figures = {"saved_bytes": found["held"] - output.untyped_storage().nbytes()}
+        else:
+            addresses = {tensor.untyped_storage().data_ptr() for tensor in self.not_counted}
+            figures = saved_by(output, addresses)
+            figures["saved_bytes"] = sum(figures.values())
         del output
-        # Compiled code drops the clone of the case alone, and saves x in its place.
-        not_counted = [] if case == "alone" else [x, *module.parameters(), *module.buffers()]
-        found = {"saved_bytes": saved_bytes(lambda: run(x), not_counted)}
-        if DEVICE.type == "cuda":
-            held, peak = allocator_bytes(lambda: run(x), inputs, grad_output)
-            found |= {"held_bytes": held, "peak_bytes": peak}
-    return found
+        if ON_GPU:
+            with allocated(found):
+                self.step()
+            figures["peak_bytes"] = found["peak"]
+        return figures
 
 
-def cases(compared: list[Provider], arguments: argparse.Namespace) -> list[tuple]:
-    """(activation, dtype, case, inplace, provider) of all rows."""
-    return [
-        (activation, dtype, case, inplace, provider)
-        for activation, dtype, case, inplace, provider in itertools.product(
-            ACTIVATIONS, arguments.dtypes, CASES, (False, True), compared
-        )
-        if provider.function(activation, inplace) is not None
-        and not (provider.compiles and inplace)
-        and not (provider.compiles and case in NETWORKS and not arguments.compile_networks)
-    ]
+def rows_of(
+    activation: Activation, dtype: str, name: str, contenders: list[Contender]
+) -> list[dict]:
+    """The rows of one case: bytes for each element that an activation computes, and times."""
+    case = CASES[name]
+    numel = activation_numel(case)
+    rows, runs = {}, {}
+    for contender in contenders:
+        rows[contender] = {
+            "provider": contender.provider.name,
+            "method": contender.method,
+            "activation": activation.name,
+            "dtype": dtype,
+            "case": name,
+            "inplace": contender.inplace,
+            "numel": numel,
+            **dict.fromkeys(("saved_bytes", *KINDS, "peak_bytes", "ms", "error"), ""),
+        }
+        try:
+            run = Run(contender, activation, DTYPES[dtype], case)
+            figures = run.bytes()
+        except Exception as error:
+            rows[contender]["error"] = providers.error_text(error)
+            continue
+        rows[contender] |= {column: bytes_ / numel for column, bytes_ in figures.items()}
+        runs[contender] = run.step
+    if case.is_network and not INTERPRET:
+        turn = timing.gpu_turn if ON_GPU else timing.cpu_turn
+        for contender, seconds in timing.interleaved(runs, ROUNDS, SECONDS, turn).items():
+            rows[contender]["ms"] = 1000 * seconds
+    return list(rows.values())
 
 
-def measured(case: tuple) -> dict:
-    """The row of one case, in bytes for each element that an activation computes."""
-    activation, dtype, name, inplace, provider = case
-    numel = activation_numel(name, IMAGES if name in NETWORKS else SHAPE)
-    row = {
-        "provider": provider.name,
-        "activation": activation.name,
-        "dtype": dtype,
-        "case": name,
-        "inplace": inplace,
-        "numel": numel,
-        "saved_bytes": "",
-        "held_bytes": "",
-        "peak_bytes": "",
-        "error": "",
+def measure_all(arguments: argparse.Namespace, compared: list[Provider]) -> Iterator[dict]:
+    cases = list(itertools.product(ACTIVATIONS, arguments.dtypes, CASES))
+    for activation, dtype, name in environment.progress(cases, len(cases)):
+        contenders = [
+            contender
+            for contender in itertools.starmap(
+                Contender, itertools.product(compared, (False, True), METHODS)
+            )
+            if contender.can(activation, CASES[name], arguments.compile_networks)
+        ]
+        yield from rows_of(activation, dtype, name, contenders)
+
+
+def print_results(rows: list[dict]) -> None:
+    """Each case under the others: bytes, the share of what torch's own op saves, and the time."""
+    torchs = {
+        (row["activation"], row["dtype"], row["case"]): row
+        for row in rows
+        if row["provider"] == "aten" and not row["method"] and not row["inplace"]
     }
-    try:
-        found = measure(provider, activation, DTYPES[dtype], name, inplace)
-    except Exception as error:
-        return row | {"error": providers.error_text(error)}
-    return row | {column: bytes_ / numel for column, bytes_ in found.items()}
-
-
-def cell(row: dict | None) -> str:
-    if row is None:
-        return "-"
-    if row["error"]:
-        return "failed"
-    figures = (row["saved_bytes"], row["held_bytes"], row["peak_bytes"])
-    return " / ".join(f"{figure:.3f}" for figure in figures if figure != "")
-
-
-def print_results(rows: list[dict], names: list[str]) -> None:
-    figures = "saved / held / peak" if DEVICE.type == "cuda" else "saved for backward"
-    print(f"\nBytes an element: {figures}\n")
-    found = {}
+    columns = ("saved_bytes", *KINDS, *(["peak_bytes"] if ON_GPU else []))
+    lines, last = [], None
     for row in rows:
-        inplace = " in place" if row["inplace"] else ""
-        key = f"{row['activation']} {row['dtype']} {row['case']}{inplace}"
-        found.setdefault(key, {})[row["provider"]] = row
-    lines = [(key, *(cell(cells.get(name)) for name in names)) for key, cells in found.items()]
-    print(environment.table(["", *names], lines))
+        if row["error"]:
+            continue
+        key = row["activation"], row["dtype"], row["case"]
+        own = torchs.get(key, {})
+        figures = [f"{row[column]:.3f}" if row[column] != "" else "" for column in columns]
+        share = f"{row['saved_bytes'] / own['saved_bytes']:.0%}" if own.get("saved_bytes") else ""
+        time = f"{row['ms'] / own['ms']:.2f}" if row["ms"] and own.get("ms") else ""
+        inplace = "in place" if row["inplace"] else ""
+        who = " ".join(filter(None, (row["provider"], row["method"], inplace)))
+        lines.append((" ".join(key) if key != last else "", who, *figures, share, time))
+        last = key
+    print("\nBytes for each element that an activation computes\n")
+    header = ("", "", "saved", *(kind.replace("_", " ") for kind in KINDS))
+    header += (*(["peak"] if ON_GPU else []), "of aten's", "time of aten's")
+    print(environment.table(header, lines))
     providers.print_errors(rows)
 
 
@@ -220,15 +353,13 @@ def main() -> list[dict]:
     arguments = parse_arguments()
     environment.print_environment()
     compared = providers.available()
-    if DEVICE.type == "cpu":
-        print("NO GPU: no allocator to ask, and no CUDA C++ kernel ran.")
-    torch.manual_seed(0)
-    all_cases = cases(compared, arguments)
-    rows = environment.write_csv(
-        arguments.results / "memory.csv",
-        map(measured, environment.progress(all_cases, len(all_cases))),
-    )
-    print_results(rows, [provider.name for provider in compared])
+    if not ON_GPU:
+        print("NO GPU: no CUDA C++ kernel ran. Times are those of one CPU thread.")
+        if not INTERPRET:
+            compared.insert(0, providers.FALLBACK)
+        torch.set_num_threads(1)
+    rows = environment.write_csv(arguments.results / "memory.csv", measure_all(arguments, compared))
+    print_results(rows)
     return rows
 
 

@@ -110,13 +110,15 @@ def print_environment() -> None:
 
 
 def add_results_argument(parser: argparse.ArgumentParser) -> None:
-    folder = re.sub(r"\W+", "-", environment()["gpu"].lower()) or "cpu"
+    on_cpu = "cpu_interpreter" if INTERPRET else "cpu"
+    folder = re.sub(r"\W+", "-", environment()["gpu"].lower()) or on_cpu
     parser.add_argument(
         "--results",
         type=Path,
         metavar="FOLDER",
         default=ROOT / "results" / folder,
-        help="where the CSV file goes; default: benchmarks/results/<name of the GPU, or cpu>",
+        help="where the CSV file goes; default: benchmarks/results/<name of the GPU, cpu or "
+        "cpu_interpreter>",
     )
 
 

@@ -71,10 +71,12 @@ def convolution(
     kernel_size: int,
     activation: Callable[[], nn.Module],
     stride: int = 1,
+    groups: int = 1,
 ) -> nn.Sequential:
+    padding = kernel_size // 2
     return nn.Sequential(
         nn.Conv2d(
-            in_channels, out_channels, kernel_size, stride, padding=kernel_size // 2, bias=False
+            in_channels, out_channels, kernel_size, stride, padding, groups=groups, bias=False
         ),
         nn.BatchNorm2d(out_channels),
         activation(),
@@ -124,3 +126,83 @@ def csp_network(activation: Callable[[], nn.Module]) -> nn.Sequential:
         nn.Flatten(),
         nn.Linear(64, 10),
     )
+
+
+class SqueezeExcitation(nn.Module):
+    """A weight for each channel, from all of the image (Hu et al., arXiv:1709.01507)."""
+
+    def __init__(self, channels: int, reduced: int, activation: Callable[[], nn.Module]):
+        super().__init__()
+        self.weights = nn.Sequential(
+            nn.AdaptiveAvgPool2d(1),
+            nn.Conv2d(channels, reduced, 1),
+            activation(),
+            nn.Conv2d(reduced, channels, 1),
+            nn.Sigmoid(),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.weights(x)
+
+
+class MBConv(nn.Module):
+    """EfficientNet's block (Tan and Le, arXiv:1905.11946): MobileNetV2's with such weights."""
+
+    def __init__(self, in_channels: int, out_channels: int, stride: int, activation):
+        super().__init__()
+        channels = 4 * in_channels
+        self.is_residual = stride == 1 and in_channels == out_channels
+        self.layers = nn.Sequential(
+            convolution(in_channels, channels, 1, activation),
+            convolution(channels, channels, 3, activation, stride, groups=channels),
+            SqueezeExcitation(channels, in_channels // 4, activation),
+            nn.Conv2d(channels, out_channels, 1, bias=False),
+            nn.BatchNorm2d(out_channels),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.layers(x) if self.is_residual else self.layers(x)
+
+
+def efficientnet(activation: Callable[[], nn.Module]) -> nn.Sequential:
+    return nn.Sequential(
+        convolution(1, 16, 3, activation, stride=2),
+        MBConv(16, 24, 1, activation),
+        MBConv(24, 24, 1, activation),
+        MBConv(24, 32, 2, activation),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(32, 10),
+    )
+
+
+class SwiGLU(nn.Module):
+    """A transformer's MLP, gated (Shazeer, arXiv:2002.05202), behind its norm."""
+
+    def __init__(self, features: int, activation: Callable[[], nn.Module]):
+        super().__init__()
+        self.norm = nn.LayerNorm(features)
+        self.gate = nn.Linear(features, 4 * features, bias=False)
+        self.up = nn.Linear(features, 4 * features, bias=False)
+        self.down = nn.Linear(4 * features, features, bias=False)
+        self.activation = activation()
+
+    def forward(self, x: Tensor) -> Tensor:
+        normalized = self.norm(x)
+        return x + self.down(self.activation(self.gate(normalized)) * self.up(normalized))
+
+
+def swiglu_mlp(activation: Callable[[], nn.Module]) -> nn.Sequential:
+    """Three of them, for tokens of 64 features."""
+    return nn.Sequential(*(SwiGLU(64, activation) for _ in range(3)))
+
+
+def stack(activation: Callable[[], nn.Module], norm: bool) -> nn.Sequential:
+    """Six convolutions with an activation each, with or without a norm in between."""
+    blocks, channels = [], 1
+    for _ in range(6):
+        layers = [nn.Conv2d(channels, 16, 3, padding=1, bias=not norm)]
+        layers += [nn.BatchNorm2d(16), activation()] if norm else [activation()]
+        blocks.append(nn.Sequential(*layers))
+        channels = 16
+    return nn.Sequential(*blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten())

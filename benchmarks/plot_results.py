@@ -5,7 +5,8 @@
 - speed_by_size.png and speed_by_dtype.png, from speed.csv: the speed of the public functions as a
   share of that of a copy of the same bytes. Bands and whiskers reach from the 20 % to the 80 %
   quantile of the time.
-- memory.png, from memory.csv: what autograd saves for backward.
+- memory.png, from memory.csv: what autograd saves for backward;
+- training.png, from memory.csv: bytes and time of `rematerialize` and of checkpoints.
 """
 
 from __future__ import annotations
@@ -37,6 +38,14 @@ STYLES = {
     "aten": {"color": "#D55E00", "marker": "^"},
     "compile(aten)": {"color": "#E69F00", "marker": "P"},
     "naive": {"color": "#999999", "marker": "X"},
+}
+# Ways to train a network, by provider and method; `ours` is the first of ours that was measured.
+METHODS = {
+    "torch": ("aten", "", "#D55E00"),
+    "fused_act": ("ours", "", "#000000"),
+    "rematerialize()": ("ours", "rematerialize", "#56B4E9"),
+    "rematerialize(norm=True)": ("ours", "rematerialize-norm", "#0072B2"),
+    "checkpoint": ("aten", "checkpoint", "#999999"),
 }
 RC = {
     "axes.axisbelow": True,
@@ -114,8 +123,8 @@ def add_legend(figure: Figure) -> None:
     for axes in figure.axes:
         handles, labels = axes.get_legend_handles_labels()
         found |= zip(labels, handles)
-    labels = [provider for provider in STYLES if provider in found]
-    handles = [found[provider] for provider in labels]
+    labels = [label for label in (*STYLES, *METHODS) if label in found]
+    handles = [found[label] for label in labels]
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
 
 
@@ -197,7 +206,7 @@ def speed_by_dtype(rows: list[dict]) -> Figure:
 
 
 def memory(rows: list[dict]) -> Figure:
-    rows = [row for row in rows if row["saved_bytes"]]
+    rows = [row for row in rows if row["saved_bytes"] and not row["method"]]
     if not rows:
         raise NothingToDraw("it has no bytes")
     rows = select(rows, dtype=rows[0]["dtype"])
@@ -230,10 +239,46 @@ def memory(rows: list[dict]) -> Figure:
     return figure
 
 
+def training(rows: list[dict]) -> Figure:
+    """Bytes and time of each method in each network, as shares of torch's."""
+    rows = [row for row in rows if row["saved_bytes"] and row["inplace"] == "False"]
+    own = [row["provider"] for row in rows if row["method"] == "rematerialize"]
+    if not own:
+        raise NothingToDraw("it has no network with rematerialize")
+    rows = select(rows, dtype=rows[0]["dtype"], activation=rows[0]["activation"])
+    rows = [row for row in rows if row["case"] not in ("alone", "conv-act-conv")]
+    networks = distinct(rows, "case")
+    title = f"Training steps with {rows[0]['activation']}, {rows[0]['dtype']}, as shares of torch's"
+    figure = new_figure(rows, title, 1.4 + 0.13 * len(networks) * (len(METHODS) + 1))
+    panels = figure.subplots(1, 2, sharey=True)
+    height = 0.85 / len(METHODS)
+    for axes, column, what in zip(panels, ("saved_bytes", "ms"), ("bytes saved", "time")):
+        for index, (label, (provider, method, color)) in enumerate(METHODS.items()):
+            provider = own[0] if provider == "ours" else provider
+            found = select(rows, provider=provider, method=method)
+            shares = [
+                100 * float(row[column]) / float(base[column]) if row[column] else 0
+                for row in found
+                for base in select(rows, provider="aten", method="", case=row["case"])
+            ]
+            offset = (index - (len(METHODS) - 1) / 2) * height
+            positions = [networks.index(row["case"]) + offset for row in found]
+            bars = axes.barh(positions, shares, height, color=color, label=label)
+            axes.bar_label(bars, fmt="%.0f", padding=2, fontsize=7)
+        axes.set_xlabel(f"{what}, % of torch's")
+        axes.grid(axis="y", visible=False)
+        axes.margins(x=0.12)
+    panels[0].set_yticks(range(len(networks)), networks)
+    panels[0].invert_yaxis()
+    add_legend(figure)
+    return figure
+
+
 PICTURES = {
     "speed_by_size.png": ("speed.csv", speed_by_size),
     "speed_by_dtype.png": ("speed.csv", speed_by_dtype),
     "memory.png": ("memory.csv", memory),
+    "training.png": ("memory.csv", training),
 }
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import random
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 
 from torch.utils import benchmark
 
@@ -47,14 +47,19 @@ def in_rounds(turns: Sequence[Callable[[], object]], rounds: int) -> None:
             turn()
 
 
-def interleaved(calls: dict[str, Callable], rounds: int, seconds: float) -> dict[str, float]:
-    """The median seconds of each call, on one CPU thread.
+def interleaved(
+    calls: dict[Hashable, Callable],
+    rounds: int,
+    seconds: float,
+    turn: Callable[[Callable, float], Turn] = cpu_turn,
+) -> dict[Hashable, float]:
+    """The median seconds of each call.
 
     Args:
         rounds: how often each takes its turn.
         seconds: about how long a turn is; a call is repeated for that long.
     """
-    turns = {name: cpu_turn(call, seconds) for name, call in calls.items()}
+    turns = {name: turn(call, seconds) for name, call in calls.items()}
     times = {name: [] for name in calls}
     in_rounds([lambda name=name: times[name].extend(turns[name]()) for name in calls], rounds)
     return {name: statistics.median(found) for name, found in times.items()}

@@ -12,7 +12,7 @@ import types
 import pytest
 import torch
 
-from benchmarks import compare_speed, environment, providers, timing
+from benchmarks import compare_memory, compare_speed, environment, providers, timing
 from benchmarks.compare_speed import Case, Method
 from benchmarks.providers import DTYPES, PROVIDERS, Provider
 from fused_act.activations import ACTIVATIONS, MISH, RELU6
@@ -610,9 +610,9 @@ def test_picture_by_dtype(plots):
     assert bars == [(0, pytest.approx(50)), (1, pytest.approx(50)), (1, pytest.approx(25))]
 
 
-def memory_row(provider, saved_bytes, inplace=False):
-    row = {"provider": provider, "activation": "relu6", "dtype": "bf16", "case": "alone"}
-    row |= {"inplace": inplace, "saved_bytes": saved_bytes}
+def memory_row(provider, saved_bytes, inplace=False, case="alone", method="", ms=""):
+    row = {"provider": provider, "activation": "relu6", "dtype": "bf16", "case": case}
+    row |= {"inplace": inplace, "saved_bytes": saved_bytes, "method": method, "ms": ms}
     row |= {"gpu": "H200", "torch": "2", "commit": "c"}
     return {column: str(value) for column, value in row.items()}
 
@@ -630,6 +630,57 @@ def test_picture_of_memory(plots):
     assert bars == [(0, 0.125), (1, 0.25), (0, 2.0)]
     assert [label.get_text() for label in axes.get_yticklabels()] == ["alone", "alone\nin place"]
     assert "H200, torch 2" in figure.get_suptitle()
+
+
+def test_picture_of_training(plots):
+    rows = [
+        memory_row("aten", 9.0),
+        memory_row("aten", 4.0, case="csp", ms=2.0),
+        memory_row("fallback", 3.0, case="csp", method="rematerialize", ms=3.0),
+        memory_row("aten", 1.0, case="csp", method="checkpoint", ms=4.0),
+    ]
+    bytes_, time = plots.training(rows).axes
+    assert [bar.get_width() for bar in bytes_.patches] == [100, 75, 25]
+    assert [bar.get_width() for bar in time.patches] == [100, 150, 200]
+    with pytest.raises(plots.NothingToDraw):
+        plots.training(rows[:2])
+
+
+@pytest.mark.skipif(INTERPRET, reason="times nothing in the interpreter")
+def test_memory_of_a_stack(monkeypatch):
+    monkeypatch.setattr(compare_memory, "ROUNDS", 1)
+    monkeypatch.setattr(compare_memory, "SECONDS", 0.001)
+    compared = [providers.FALLBACK, *(each for each in providers.PROVIDERS if each.name == "aten")]
+    name = "conv-norm-act stack"
+    contenders = [
+        compare_memory.Contender(provider, False, method)
+        for provider in compared
+        for method in compare_memory.METHODS
+    ]
+    contenders = [each for each in contenders if each.can(MISH, compare_memory.CASES[name], False)]
+    rows = {
+        (row["provider"], row["method"]): row
+        for row in compare_memory.rows_of(MISH, "fp32", name, contenders)
+    }
+    found = {
+        key: [row[column] for column in ("by_activations", "by_norms", "by_layers")]
+        for key, row in rows.items()
+    }
+    # Six layers, 4 bytes an element: all inputs but the first convolution's, which is the data.
+    everything = [4.0, pytest.approx(4.0, rel=0.01), pytest.approx(4 * 5 / 6, rel=0.01)]
+    assert found == {
+        ("fallback", ""): everything,
+        ("fallback", "rematerialize"): [4.0, everything[1], 0.0],
+        ("fallback", "rematerialize-norm"): [0.0, everything[1], 0.0],
+        ("aten", ""): everything,
+        ("aten", "checkpoint"): ["", "", ""],
+    }
+    for (_, method), row in rows.items():
+        assert row["ms"] > 0
+        if method != "checkpoint":
+            parts = [row[column] for column in compare_memory.KINDS]
+            assert row["saved_bytes"] == pytest.approx(sum(parts))
+    assert rows["aten", "checkpoint"]["saved_bytes"] < 4.0
 
 
 def test_all_that_can_be_drawn_is_drawn(plots, monkeypatch, tmp_path, capsys):
