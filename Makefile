@@ -23,7 +23,7 @@ CSRC := $(wildcard csrc/*)
 # What takes long and matters most comes first, and the pictures last.
 COMPARISONS := compare_speed $(filter-out compare_speed,$(basename $(notdir $(wildcard benchmarks/compare_*.py)))) plot_results
 # What runs the Triton kernels in the interpreter, in a process of its own.
-INTERPRETED := $(addprefix tests/test_,$(addsuffix .py,accuracy_kernels autograd benchmarks faults kernels layouts properties))
+INTERPRETED := $(addprefix tests/test_,$(addsuffix .py,accuracy_kernels autograd benchmarks faults kernels layouts properties rematerialization))
 
 .PHONY: demo test mutate gpu sanitize lint bench clean
 

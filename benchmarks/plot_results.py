@@ -39,6 +39,7 @@ STYLES = {
     "compile(aten)": {"color": "#E69F00", "marker": "P"},
     "naive": {"color": "#999999", "marker": "X"},
 }
+SMALL_CASES = ("alone", "conv-act-conv")  # of compare_memory; the others are networks
 # Ways to train a network, by provider and method; `ours` is the first of ours that was measured.
 METHODS = {
     "torch": ("aten", "", "#D55E00"),
@@ -206,7 +207,8 @@ def speed_by_dtype(rows: list[dict]) -> Figure:
 
 
 def memory(rows: list[dict]) -> Figure:
-    rows = [row for row in rows if row["saved_bytes"] and not row["method"]]
+    rows = [row for row in rows if row["saved_bytes"] and row["case"] in SMALL_CASES]
+    rows = [row for row in rows if not row["method"]]
     if not rows:
         raise NothingToDraw("it has no bytes")
     rows = select(rows, dtype=rows[0]["dtype"])
@@ -246,7 +248,7 @@ def training(rows: list[dict]) -> Figure:
     if not own:
         raise NothingToDraw("it has no network with rematerialize")
     rows = select(rows, dtype=rows[0]["dtype"], activation=rows[0]["activation"])
-    rows = [row for row in rows if row["case"] not in ("alone", "conv-act-conv")]
+    rows = [row for row in rows if row["case"] not in SMALL_CASES]
     networks = distinct(rows, "case")
     title = f"Training steps with {rows[0]['activation']}, {rows[0]['dtype']}, as shares of torch's"
     figure = new_figure(rows, title, 1.4 + 0.13 * len(networks) * (len(METHODS) + 1))

@@ -967,6 +967,38 @@ MUTATIONS = [
         "module.min_val != 0.0",
         plain("test_api.py -k replace"),
     ),
+    Mutation(
+        "kept-unwatched",
+        "rematerialize: a tensor that is kept may have been changed when backward needs it",
+        "fused_act/rematerialization.py",
+        "if self.tensor._version != self.version:",
+        "if False:",
+        plain("test_rematerialization.py -k 'changed_before'"),
+    ),
+    Mutation(
+        "changed-output-recomputed",
+        "rematerialize: an output that was changed is computed again as it was before",
+        "fused_act/rematerialization.py",
+        "if plain and base._version == 0 and base.grad_fn",
+        "if plain and base.grad_fn",
+        plain("test_rematerialization.py -k 'random_graphs and auto-0'"),
+    ),
+    Mutation(
+        "mask-recomputed",
+        "rematerialize: what ReLU6's kernel saved, a mask, is taken for its input",
+        "fused_act/rematerialization.py",
+        "if not issubclass(function, KernelFunction) or node.kernels.forward_with_mask is not None:",
+        "if not issubclass(function, KernelFunction):",
+        interpreted("test_rematerialization.py -k relu6_kernels"),
+    ),
+    Mutation(
+        "norm-untried",
+        "rematerialize: a norm that gives other bits the second time is computed again",
+        "fused_act/rematerialization.py",
+        "    return Recomputed(compute, [x]) if SAME_BITS[configuration] else None\n",
+        "    return Recomputed(compute, [x])\n",
+        plain("test_rematerialization.py -k differs_the_second_time"),
+    ),
 ]
 
 

@@ -103,6 +103,19 @@ def compiled(prepare, **options):
     return lambda *args: torch.compile(prepare(*args), backend="eager", **options)
 
 
+def rematerialized(prepare):
+    def prepared(*args):
+        model = prepare(*args)
+
+        def run(x):
+            with fused_act.rematerialize():
+                return model(x)
+
+        return run
+
+    return prepared
+
+
 columns = functools.partial(ColwiseParallel, use_local_output=False)
 rows = functools.partial(RowwiseParallel, use_local_output=False)
 with_formula = ("mish", "swish-1.702")
@@ -133,6 +146,8 @@ SETUPS = {
         ),
         Partial(),
     ),
+    "rematerialized DDP": Setup(rematerialized(data_parallel), splits_batch=True),
+    "rematerialized FSDP2": Setup(rematerialized(fully_sharded), splits_batch=True),
     "compiled DDP": Setup(
         compiled(data_parallel), splits_batch=True, exact=False, activations=with_formula
     ),
