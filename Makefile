@@ -20,8 +20,10 @@ TORCHVISION ?= torchvision==0.28.0
 # The instruction counts are gated on this compiler; others run for correctness.
 TRITON ?= triton==3.7.1
 CSRC := $(wildcard csrc/*)
-# What takes long and matters most comes first, and the pictures last.
-COMPARISONS := compare_speed $(filter-out compare_speed,$(basename $(notdir $(wildcard benchmarks/compare_*.py)))) plot_results
+# What takes long and matters most comes first, and the pictures last. compare_instructions is run by
+# hand: it takes minutes to compile, and says the same everywhere.
+COMPARISONS := compare_speed $(filter-out compare_speed compare_instructions, \
+	$(basename $(notdir $(wildcard benchmarks/compare_*.py)))) plot_results
 # What runs the Triton kernels in the interpreter, in a process of its own.
 INTERPRETED := $(addprefix tests/test_,$(addsuffix .py,accuracy_kernels autograd benchmarks faults kernels layouts properties rematerialization))
 

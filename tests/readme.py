@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 from pathlib import Path
 
+from fused_act.activations import ACTIVATIONS
 from tests import faults
 
 ROOT = Path(__file__).parent.parent
@@ -76,7 +77,74 @@ def overhead() -> str:
     return tabulate(lines, ("µs", "no grad", "grad"), "github", disable_numparse=True)
 
 
+def instructions() -> str:
+    """Instructions for an element of a bf16 tensor on sm_90."""
+    from tabulate import tabulate
+
+    counted = [
+        row
+        for path in ("machine_code/aten.csv", "machine_code/ours.csv")
+        for row in rows(path)
+        if (row["capability"], row["dtype"]) == ("90", "bfloat16")
+    ]
+
+    def cell(activation: str, provider: str) -> str:
+        found = {
+            row["direction"]: float(row["instructions_per_element"])
+            for row in counted
+            if (row["activation"], row["provider"]) == (activation, provider)
+        }
+        # In training: if there is a kernel with a mask, it is that one.
+        return " / ".join(
+            f"{found.get(f'{direction} with mask', found.get(direction)):.1f}"
+            for direction in ("forward", "backward")
+        )
+
+    providers = {"ATen, torch 2.11": "aten", "Triton": "triton", "CUDA C++": "cuda"}
+    lines = [
+        (f"`{activation.name}`", *(cell(activation.name, by) for by in providers.values()))
+        for activation in ACTIVATIONS
+    ]
+    return tabulate(lines, ("forward / backward", *providers), "github", disable_numparse=True)
+
+
+def memory() -> str:
+    """What rematerialize saves and takes in training steps, as shares of torch's."""
+    from tabulate import tabulate
+
+    def shares(path: str, activation: str, provider: str, method: str) -> dict[str, str]:
+        found = [
+            row
+            for row in rows(path)
+            if row["activation"] == activation and row["inplace"] == "False"
+        ]
+        base = {
+            row["case"]: row for row in found if row["provider"] == "aten" and not row["method"]
+        }
+
+        def share(row: dict, column: str) -> str:
+            return f"{float(row[column]) / float(base[row['case']][column]):.0%}"
+
+        return {
+            row["case"]: " / ".join(share(row, each) for each in ("saved_bytes", "ms") if row[each])
+            for row in found
+            if (row["provider"], row["method"]) == (provider, method)
+        }
+
+    columns = {
+        "Mish, `rematerialize()`": ("cpu", "mish", "fallback", "rematerialize"),
+        "Mish, `rematerialize(norm=True)`": ("cpu", "mish", "fallback", "rematerialize-norm"),
+        "Mish, checkpoint of each block": ("cpu", "mish", "aten", "checkpoint"),
+        "ReLU6 kernel, bits": ("cpu_interpreter", "relu6", "triton", ""),
+    }
+    found = [shares(f"{folder}/memory.csv", *contender) for folder, *contender in columns.values()]
+    lines = [(case, *(each[case] for each in found)) for case in found[2]]
+    return tabulate(lines, ("bytes / time", *columns), "github", disable_numparse=True)
+
+
 TABLES = {
+    "instructions": instructions,
+    "memory": memory,
     "compile": compiled,
     "overhead": overhead,
     "faults": faults.table,
