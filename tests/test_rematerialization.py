@@ -4,6 +4,7 @@ Without a GPU the kernels run in the interpreter, as in test_kernels.py.
 """
 
 import contextlib
+import functools
 import gc
 import random
 import threading
@@ -16,8 +17,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import fused_act
-from benchmarks.compare_memory import saved_bytes
-from benchmarks.networks import csp_network, digits_network
+from benchmarks.networks import csp_network, digits_network, stack
 from fused_act import rematerialization
 from fused_act.rematerialization import Kept, Recomputed, same_bits
 from tests.cases import BACKENDS, CASES, DEVICE, INTERPRET, all_cases
@@ -246,18 +246,18 @@ def kept_bytes(not_counted=()):
     return sum(size for address, size in storages.items() if address not in addresses)
 
 
-def stack(activation, with_norm):
-    layers, channels = [], 1
-    for _ in range(6):
-        layers.append(nn.Conv2d(channels, 16, 3, padding=1))
-        channels = 16
-        layers += [nn.BatchNorm2d(16), activation()] if with_norm else [activation()]
-    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+def saved_bytes(network, x, not_counted):
+    """As `kept_bytes`, of what torch saves."""
+    with torch.autograd.graph.saved_tensors_hooks(Kept, Kept.get):
+        y = network(x)
+    found = kept_bytes(not_counted)
+    del y
+    return found
 
 
 NETWORKS = {
-    "conv-act": lambda activation: stack(activation, False),
-    "conv-norm-act": lambda activation: stack(activation, True),
+    "conv-act": functools.partial(stack, norm=False),
+    "conv-norm-act": functools.partial(stack, norm=True),
     "mobilenet_v2": digits_network,
     "csp": csp_network,
 }
@@ -277,7 +277,7 @@ def test_less_is_kept_and_gradients_are_the_same(name, kind):
     network = NETWORKS[name](kind)
     x = torch.randn(2, 1, 16, 16)
     not_counted = [x, *network.parameters(), *network.buffers()]
-    saved = saved_bytes(lambda: network(x), not_counted)
+    saved = saved_bytes(network, x, not_counted)
     expected = gradients(network, x, plain())
     for with_norm, share in zip((False, True), SHARES[name]):
         with remat(norm=with_norm):
@@ -515,7 +515,7 @@ def test_norm_that_differs_the_second_time_is_kept(monkeypatch):
 
     monkeypatch.setitem(rematerialization.NORMS, "NativeBatchNormBackward0", other)
     monkeypatch.setattr(rematerialization, "SAME_BITS", {})
-    network = stack(fused_act.Mish, True)
+    network = stack(fused_act.Mish, norm=True)
     x = torch.randn(2, 1, 16, 16)
     expected = gradients(network, x, plain())
     with pytest.warns(UserWarning, match="gives other bits the second time") as warned:
