@@ -11,10 +11,10 @@ are bytes for each element that an activation computes:
 - the others: training steps of small networks, where convolutions, linear layers and norms save
   theirs too. Compiled networks take minutes, so they have to be asked for.
 
-saved is what the nodes of the graph keep beyond parameters and input, each storage once; by_* say
-which nodes: of activations, of norms, of layers (convolutions and linear layers); what two keep
-counts for the first of these. Of checkpoints, which nodes do not tell, it is what is allocated in
-forward and not freed, but for the output. peak, on a GPU, is the most on the way through forward
+saved is what the nodes of the graph keep beyond parameters and input, each storage once: masks, and
+what activations, norms, layers (convolutions and linear layers) and others keep besides; what two
+keep counts for the first of these. Of checkpoints, whose nodes do not tell, it is what is allocated
+in forward and not freed, but for the output. peak, on a GPU, is the most on the way through forward
 and backward. ms is such a step of a network; all take turns.
 
 rematerialize and rematerialize-norm are fused_act's block of that name, without and with `norm`,
@@ -155,8 +155,9 @@ def allocated(found: dict[str, int]) -> Iterator[None]:
     found["peak"] = torch.cuda.max_memory_allocated() - before
 
 
-# Who saves, by the names of their nodes.
+# Who saves, by the names of their nodes; masks by their dtype.
 KINDS = {
+    "masks": (),
     "by_activations": ("Mish", "Swish", "Silu", "Relu6", "Hardtanh"),
     "by_norms": ("Norm",),
     "by_layers": ("Convolution", "Addmm", "Mm", "Bmm"),
@@ -174,10 +175,11 @@ def saved_by(output: Tensor, not_counted: set[int]) -> dict[str, int]:
             continue
         visited.add(node)
         nodes += [following for following, _ in node.next_functions]
-        kind = next(
+        own = next(
             kind for kind, names in KINDS.items() if any(name in node.name() for name in names)
         )
         for tensor in kept_by(node):
+            kind = "masks" if tensor.dtype in (torch.uint8, torch.bool) else own
             storage = tensor.untyped_storage()
             kept[kind][storage.data_ptr()] = storage.nbytes()
     bytes_ = {}

@@ -683,6 +683,15 @@ def test_memory_of_a_stack(monkeypatch):
     assert rows["aten", "checkpoint"]["saved_bytes"] < 4.0
 
 
+@pytest.mark.skipif(not INTERPRET, reason="needs TRITON_INTERPRET=1")
+def test_memory_of_a_mask():
+    (triton,) = (each for each in PROVIDERS if each.name == "triton")
+    contender = compare_memory.Contender(triton, True, "")
+    (row,) = compare_memory.rows_of(RELU6, "bf16", "alone", [contender])
+    assert [row[kind] for kind in compare_memory.KINDS] == [1 / 8, 0, 0, 0, 0]
+    assert row["saved_bytes"] == 1 / 8
+
+
 def test_all_that_can_be_drawn_is_drawn(plots, monkeypatch, tmp_path, capsys):
     def draw():
         monkeypatch.setattr(sys, "argv", ["plot_results", "--results", str(tmp_path)])
