@@ -210,7 +210,8 @@ def rematerialize(*, norm: bool = False) -> Iterator[None]:
 
     What is kept all the same: what an activation has written in place, the output of a ReLU6 kernel
     (which saves bits, not its input), of a Swish with another `beta` than 1 where no kernel runs,
-    and of an activation whose output was changed afterwards or cast by autocast.
+    and of an activation whose output was changed afterwards or cast by autocast. A change through
+    `.data` is one that nobody sees: the output is computed again as it was before.
 
     Args:
         norm: also compute the outputs of batch normalization again, from its input. Where torch
