@@ -6,10 +6,12 @@ python -m tests.readme    # writes them into the README anew
 from __future__ import annotations
 
 import csv
+import math
 from pathlib import Path
 
 from fused_act.activations import ACTIVATIONS
 from tests import faults
+from tests.accuracy import DERIVATIVE, FORWARD
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
@@ -142,7 +144,52 @@ def memory() -> str:
     return tabulate(lines, ("bytes / time", *columns), "github", disable_numparse=True)
 
 
+def errors() -> str:
+    """The gates on the errors in ULP, and the largest errors of torch's own ops on a CPU."""
+    from tabulate import tabulate
+
+    measured = [row for row in rows("cpu/accuracy.csv") if row["provider"] == "aten"]
+
+    def torchs(low: bool, region: str) -> str:
+        largest = []
+        for kind in ("forward", "derivative"):
+            found = [
+                row
+                for row in measured
+                if row["kind"] == kind
+                and region in row["region"]
+                and (row["dtype"] != "fp32") is low
+            ]
+            worst = max(found, key=lambda row: float(row["max_ulp"]))
+            largest.append(
+                f"{float(worst['max_ulp']):.3g} ({worst['activation']} {worst['dtype']} "
+                f"at {float(worst['worst_input']):.4g})"
+            )
+        return " / ".join(largest)
+
+    near_root = f"{DERIVATIVE.low_near_root:g} within 0.03 of its zero"
+    absolute = f"2^{math.log2(DERIVATIVE.absolute):g} absolute around its zero"
+    lines = [
+        (
+            "fp16, bf16, subnormals included",
+            f"{FORWARD.low:g}",
+            f"{DERIVATIVE.low:g}; {near_root}",
+            torchs(True, ""),
+        ),
+        (
+            "fp32, x >= -87",
+            f"{FORWARD.full:g}",
+            f"{DERIVATIVE.full:g}; {absolute}",
+            torchs(False, ">="),
+        ),
+        ("fp32, x < -87", f"{FORWARD.tail:g}", f"{DERIVATIVE.tail:g}", torchs(False, "<")),
+    ]
+    header = ("", "forward", "derivative", "torch on a CPU, forward / derivative")
+    return tabulate(lines, header, "github", disable_numparse=True)
+
+
 TABLES = {
+    "accuracy": errors,
     "instructions": instructions,
     "memory": memory,
     "compile": compiled,
