@@ -86,6 +86,15 @@ def test_a_folder_that_cannot_be_written_is_refused_before_anything_runs(tmp_pat
     assert str(tmp_path / "file") in message
 
 
+@pytest.fixture
+def ctrl_c():
+    """SIGINT interrupts, as in a shell; a job in the background may have begun with it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("ctrl_c")
 @pytest.mark.parametrize(
     ("main", "status"),
     [
@@ -463,6 +472,7 @@ def test_without_triton_a_gpu_is_not_timed(monkeypatch, compare, capsys):
     assert "triton" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("ctrl_c")
 def test_ctrl_c_keeps_what_was_measured(monkeypatch, compare, tmp_path):
     assert compare(*ALL_EAGER) == 0
     older = read(tmp_path / "speed.csv")
