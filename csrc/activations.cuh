@@ -1,5 +1,8 @@
 // The activations: forward and derivative of one element, in fp32, one struct each.
 //
+// The derivative is one of x, or of y where that is saved (derivative_from_output). Where a mask is
+// saved, `passes` tells of x whether the gradient passes, and `gradient` what comes through.
+//
 // T is the tensor's element. 16-bit results need fewer bits: there e^x is scaled by 2^32, so that
 // it does not underflow before the product with x does. fp32 has no bits to spare for the larger
 // argument; below -87, where e^x is subnormal and flushes, it takes e^(x/2) twice.
@@ -108,10 +111,129 @@ template <typename T>
 struct ReLU6 {
   __host__ __device__ float forward(float x) const { return clamp(x, 0.0f, 6.0f); }
 
-  // NaN compares false and passes the gradient on, as in torch's CUDA kernel. A cast, since a
-  // choice between 0 and 1 would be made and then compared again for the mask.
+  // NaN compares false and passes the gradient on, as in torch's CUDA kernel.
+  __host__ __device__ bool passes(float x) const { return !(x <= 0.0f || x >= 6.0f); }
+
+  // Not a product: a gradient of inf or NaN that does not pass leaves 0.
+  __host__ __device__ float gradient(float grad_output, bool passes) const {
+    return passes ? grad_output : 0.0f;
+  }
+};
+
+// y = max(x, 0):   y' = 0 where x <= 0, else 1.
+template <typename T>
+struct ReLU {
+  __host__ __device__ float forward(float x) const { return clamp_min(x, 0.0f); }
+
+  __host__ __device__ bool passes(float x) const { return !(x <= 0.0f); }
+
+  __host__ __device__ float gradient(float grad_output, bool passes) const {
+    return passes ? grad_output : 0.0f;
+  }
+};
+
+// y = x where x > 0, else slope x:   y' = 1 or slope.
+template <typename T>
+struct LeakyReLU {
+  float negative_slope;
+
+  __host__ __device__ float forward(float x) const { return x > 0.0f ? x : x * negative_slope; }
+
+  __host__ __device__ bool passes(float x) const { return x > 0.0f; }
+
+  __host__ __device__ float gradient(float grad_output, bool passes) const {
+    return passes ? grad_output : grad_output * negative_slope;
+  }
+};
+
+// y = 1 / (1 + e^-x):   y' = y (1 - y).
+template <typename T>
+struct Sigmoid {
+  __host__ __device__ float forward(float x) const {
+    if constexpr (sizeof(T) == 2) {
+      const float e = exp2_approx(fmaf(x, -kLog2e, -32.0f));
+      return reciprocal_approx(e + 0x1p-32f) * 0x1p-32f;
+    } else {
+      const float clamped = clamp(x, -240.0f, 128.0f);
+      const bool tail = clamped < kTail;
+      const float e = exp_compensated(clamped * (tail ? 0.5f : -1.0f), 0.0f);
+      return tail ? e * e : reciprocal_approx(1.0f + e);
+    }
+  }
+
+  __host__ __device__ float derivative_from_output(float y) const { return y * (1.0f - y); }
+};
+
+// y = tanh(x) = 1 - 2 / (e^2x + 1), which cancels near 0: there a polynomial in x^2 takes its
+// place, of the least relative error.   y' = 1 - y^2.
+template <typename T>
+struct Tanh {
+  __host__ __device__ float forward(float x) const {
+    const float square = x * x;
+    float near, p;
+    if constexpr (sizeof(T) == 2) {
+      near = 0.25f;
+      p = fmaf(square, -0.05197500497256537f, 0.13328699419200996f);
+      p = fmaf(square, p, -0.33333317268234397f);
+    } else {
+      near = 0.55f;
+      p = fmaf(square, -0.006610415440954851f, 0.02130950539575405f);
+      p = fmaf(square, p, -0.053909451968851926f);
+      p = fmaf(square, p, 0.1333311388368493f);
+      p = fmaf(square, p, -0.33333332010104344f);
+    }
+    const float far = 1.0f - 2.0f * reciprocal_approx(exp2_approx(x * (2.0f * kLog2e)) + 1.0f);
+    return fabsf(x) < near ? fmaf(x * square, p, x) : far;
+  }
+
+  __host__ __device__ float derivative_from_output(float y) const {
+    return (1.0f - y) * (1.0f + y);
+  }
+};
+
+// y = scale x where x > 0, else scale alpha (e^x - 1), arXiv:1706.02515. Near 0 e^x - 1 cancels:
+// there a polynomial takes its place, of the least relative error.
+// y' = scale, or scale alpha e^x = y + scale alpha. This sum cancels for a rounded y.
+template <typename T>
+struct SELU {
+  static constexpr bool kLow = sizeof(T) == 2;
+  static constexpr float kScale = 1.0507009873554804934193349852946f;
+  static constexpr float kScaleAlpha = 1.7580993408473768599402175208123f;
+  static constexpr float kScaleAlphaLow = 2.3296717680252717521e-8f;  // what that leaves out
+
+  __host__ __device__ float forward(float x) const {
+    float near, p;
+    if constexpr (kLow) {
+      near = -0.125f;
+      p = fmaf(x, 0.04013757579362166f, 0.16659526492959045f);
+      p = fmaf(x, p, 0.49999950189409315f);
+    } else {
+      near = -0.8f;
+      p = fmaf(x, 0.00014742328462483088f, 0.0013450949514120594f);
+      p = fmaf(x, p, 0.00831544933897447f);
+      p = fmaf(x, p, 0.04166331433496412f);
+      p = fmaf(x, p, 0.16666643415648477f);
+      p = fmaf(x, p, 0.4999999973526102f);
+    }
+    const float negative = x > near ? fmaf(x * x, p, x) : exp2_approx(x * kLog2e) - 1.0f;
+    return x <= 0.0f ? kScaleAlpha * negative : kScale * x;
+  }
+
   __host__ __device__ float derivative(float x) const {
-    return static_cast<float>(!(x <= 0.0f || x >= 6.0f));
+    float negative;
+    if constexpr (kLow) {
+      negative = exp2_approx(fmaf(x, kLog2e, 32.0f)) * (kScaleAlpha * 0x1p-32f);
+    } else {
+      const float clamped = clamp(x, -240.0f, 0.0f);
+      const bool tail = clamped < kTail;
+      const float e = exp_compensated(tail ? 0.5f * clamped : clamped, 0.0f);
+      negative = (kScaleAlpha * e) * (tail ? e : 1.0f);
+    }
+    return x <= 0.0f ? negative : kScale;
+  }
+
+  __host__ __device__ float derivative_from_output(float y) const {
+    return y <= 0.0f ? (y + kScaleAlpha) + kScaleAlphaLow : kScale;
   }
 };
 

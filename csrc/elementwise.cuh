@@ -128,6 +128,27 @@ struct Runs {
   static_assert(kCount * kRun == kElementsPerThread<T> && kRun % kWidth == 0);
 };
 
+// What an activation saves for backward: a mask, or its output, always or in place only.
+template <typename Activation>
+constexpr bool kSavesMask = requires(Activation activation) { activation.passes(0.0f); };
+
+template <typename Activation>
+constexpr bool kSavesInput = requires(Activation activation) { activation.derivative(0.0f); };
+
+template <typename Activation>
+constexpr bool kSavesOutput =
+    requires(Activation activation) { activation.derivative_from_output(0.0f); };
+
+// An activation whose derivative is that of y.
+template <typename Activation>
+struct FromOutput {
+  Activation activation;
+
+  __host__ __device__ float derivative(float y) const {
+    return activation.derivative_from_output(y);
+  }
+};
+
 template <typename T>
 __host__ __device__ __forceinline__ int64_t tile_start(int64_t block) {
   return block * kTile<T>;  // 64 bits: there may be more than 2^31 elements
@@ -212,7 +233,7 @@ __host__ __device__ __forceinline__ void forward_tile(Activation activation, con
         unsigned bits = 0;
 #pragma unroll
         for (int j = 0; j < 8; j++) {
-          bits = or_if(activation.derivative(values[run][i + j]) != 0.0f, bits, 1u << j);
+          bits = or_if(activation.passes(values[run][i + j]), bits, 1u << j);
         }
         mask[(run * R::kStride + i) / 8] = static_cast<uint8_t>(bits);
       }
@@ -266,8 +287,7 @@ __host__ __device__ __forceinline__ void backward_tile(Activation activation, co
 #pragma unroll
     for (int i = 0; i < R::kRun; i++) {
       if constexpr (kMasked) {
-        // Not a product: a gradient of inf or NaN that does not pass leaves 0.
-        results[i] = bits[run] >> i & 1 ? grads[run][i] : 0.0f;
+        results[i] = activation.gradient(grads[run][i], bits[run] >> i & 1);
       } else {
         results[i] = grads[run][i] * activation.derivative(values[run][i]);
       }
@@ -287,7 +307,9 @@ __host__ __device__ __forceinline__ void forward_tail(Activation activation, con
 #pragma unroll 1
     for (int i = 0; i < 8 && offset + i < left; i++) {
       const float value = to_float(x[offset + i]);
-      bits |= kMasked && activation.derivative(value) != 0.0f ? 1u << i : 0u;
+      if constexpr (kMasked) {
+        bits |= activation.passes(value) ? 1u << i : 0u;
+      }
       y[offset + i] = static_cast<T>(activation.forward(value));
     }
     if (kMasked) {
@@ -304,7 +326,7 @@ __host__ __device__ __forceinline__ void backward_tail(Activation activation, co
   for (int i = thread; i < left; i += kThreads) {
     const float grad = to_float(grad_output[i]);
     if constexpr (kMasked) {
-      grad_input[i] = static_cast<T>(saved[i / 8] >> i % 8 & 1 ? grad : 0.0f);
+      grad_input[i] = static_cast<T>(activation.gradient(grad, saved[i / 8] >> i % 8 & 1));
     } else {
       grad_input[i] = static_cast<T>(grad * activation.derivative(to_float(saved[i])));
     }

@@ -223,22 +223,32 @@ struct Ops {
     return mask;
   }
 
-  static Tensor backward(const Tensor& grad_output, const Tensor& input, Parameters... parameters) {
-    check_match(grad_output, input);
-    const DeviceGuard guard(input.get_device_index());
-    Tensor grad_input = torch::stable::empty_like(input);
-    if (input.numel() == 0) {
+  // `saved` is x, or y if kFromOutput.
+  template <bool kFromOutput>
+  static Tensor backward(const Tensor& grad_output, const Tensor& saved, Parameters... parameters) {
+    check_match(grad_output, saved);
+    const DeviceGuard guard(saved.get_device_index());
+    Tensor grad_input = torch::stable::empty_like(saved);
+    if (saved.numel() == 0) {
       return grad_input;
     }
     const Tensor grad = with_layout_of(grad_input, grad_output);
-    const Tensor x = with_layout_of(grad_input, input);
-    const cudaStream_t stream = current_stream(x);
-    with_element_type(x, [&](auto element) {
+    const Tensor values = with_layout_of(grad_input, saved);
+    const cudaStream_t stream = current_stream(values);
+    with_element_type(values, [&](auto element) {
       using T = decltype(element);
-      launch_backward<false>(Activation<T>{static_cast<float>(parameters)...},
-                             static_cast<const T*>(grad.const_data_ptr()),
-                             static_cast<const T*>(x.const_data_ptr()),
-                             static_cast<T*>(grad_input.mutable_data_ptr()), x.numel(), stream);
+      const Activation<T> activation{static_cast<float>(parameters)...};
+      auto launch = [&](auto derivative_of) {
+        launch_backward<false>(derivative_of, static_cast<const T*>(grad.const_data_ptr()),
+                               static_cast<const T*>(values.const_data_ptr()),
+                               static_cast<T*>(grad_input.mutable_data_ptr()), values.numel(),
+                               stream);
+      };
+      if constexpr (kFromOutput) {
+        launch(FromOutput<Activation<T>>{activation});
+      } else {
+        launch(activation);
+      }
     });
     check_launch();
     return grad_input;
@@ -268,30 +278,33 @@ struct Ops {
   }
 };
 
-// For an activation that saves its input for backward.
 template <template <typename> class Activation, typename... Parameters>
 void implement(StableLibrary& library, const std::string& name) {
   using O = Ops<Activation, Parameters...>;
   library.impl(name.c_str(), TORCH_BOX(&O::forward));
   library.impl((name + ".out").c_str(), TORCH_BOX(&O::forward_out));
-  library.impl((name + "_backward").c_str(), TORCH_BOX(&O::backward));
-}
-
-// For an activation that saves a mask.
-template <template <typename> class Activation, typename... Parameters>
-void implement_masked(StableLibrary& library, const std::string& name) {
-  using O = Ops<Activation, Parameters...>;
-  library.impl(name.c_str(), TORCH_BOX(&O::forward));
-  library.impl((name + ".out").c_str(), TORCH_BOX(&O::forward_out));
-  library.impl((name + "_with_mask").c_str(), TORCH_BOX(&O::forward_with_mask));
-  library.impl((name + "_with_mask.out").c_str(), TORCH_BOX(&O::forward_with_mask_out));
-  library.impl((name + "_backward").c_str(), TORCH_BOX(&O::masked_backward));
+  if constexpr (kSavesMask<Activation<float>>) {
+    library.impl((name + "_with_mask").c_str(), TORCH_BOX(&O::forward_with_mask));
+    library.impl((name + "_with_mask.out").c_str(), TORCH_BOX(&O::forward_with_mask_out));
+    library.impl((name + "_backward").c_str(), TORCH_BOX(&O::masked_backward));
+  }
+  if constexpr (kSavesInput<Activation<float>>) {
+    library.impl((name + "_backward").c_str(), TORCH_BOX(&O::template backward<false>));
+  }
+  if constexpr (kSavesOutput<Activation<float>>) {
+    library.impl((name + "_backward_from_output").c_str(), TORCH_BOX(&O::template backward<true>));
+  }
 }
 
 STABLE_TORCH_LIBRARY_IMPL(fused_act_cuda, CUDA, library) {
   implement<Mish>(library, "mish");
   implement<Swish, double>(library, "swish");
-  implement_masked<ReLU6>(library, "relu6");
+  implement<ReLU6>(library, "relu6");
+  implement<Sigmoid>(library, "sigmoid");
+  implement<Tanh>(library, "tanh");
+  implement<ReLU>(library, "relu");
+  implement<LeakyReLU, double>(library, "leaky_relu");
+  implement<SELU>(library, "selu");
 }
 
 }  // namespace

@@ -1,30 +1,50 @@
 """Fused Mish, Swish (SiLU) and ReLU6 for PyTorch, in Triton and in CUDA C++."""
 
 from fused_act import ops  # noqa: F401 - defines torch.ops.fused_act_cuda and fused_act_triton
+from fused_act.activations.leaky_relu import LeakyReLU, LeakyReLUFunction, leaky_relu
 from fused_act.activations.mish import Mish, MishFunction, mish
+from fused_act.activations.relu import ReLU, ReLUFunction, relu
 from fused_act.activations.relu6 import ReLU6, ReLU6Function, relu6
+from fused_act.activations.selu import SELU, SELUFunction, selu
+from fused_act.activations.sigmoid import Sigmoid, SigmoidFunction, sigmoid
 from fused_act.activations.swish import SiLU, Swish, SwishFunction, silu, swish
+from fused_act.activations.tanh import Tanh, TanhFunction, tanh
 from fused_act.backends import available_backends, use_backend
 from fused_act.rematerialization import rematerialize
 from fused_act.replace import replace_activations, restore_activations
 from fused_act.version import __version__
 
 __all__ = [
+    "SELU",
+    "LeakyReLU",
+    "LeakyReLUFunction",
     "Mish",
     "MishFunction",
+    "ReLU",
     "ReLU6",
     "ReLU6Function",
+    "ReLUFunction",
+    "SELUFunction",
     "SiLU",
+    "Sigmoid",
+    "SigmoidFunction",
     "Swish",
     "SwishFunction",
+    "Tanh",
+    "TanhFunction",
     "__version__",
     "available_backends",
+    "leaky_relu",
     "mish",
+    "relu",
     "relu6",
     "rematerialize",
     "replace_activations",
     "restore_activations",
+    "selu",
+    "sigmoid",
     "silu",
     "swish",
+    "tanh",
     "use_backend",
 ]

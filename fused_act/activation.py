@@ -7,8 +7,9 @@ the kernels of the selected backend; whatever the kernels do not take goes to to
 from __future__ import annotations
 
 import dataclasses
+import numbers
 from collections.abc import Callable, Sequence
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 import torch.autograd.forward_ad as forward_ad
@@ -27,36 +28,56 @@ class Activation:
         name: names the ops (`mish`, `mish_backward`), the Triton pair and the C++ struct.
         torch_forward: torch's own op, `torch_forward(x, *parameters, inplace) -> y`.
         torch_backward: its gradient, bit for bit: `torch_backward(grad_output, x, *parameters)`.
+        torch_backward_from_output: likewise, `torch_backward_from_output(grad_output, y,
+            *parameters)`, where torch saves `y`: always, or in place only.
         forward: the formula in torch ops, for fp32 `x`, that `torch.compile` gets to fuse.
         derivative: likewise, the derivative with respect to `x`.
         fuses: whether `torch.compile` gets `forward`, for these parameters, rather than
             `torch_forward`, which Inductor may do as well as can be done.
         parameters: names of the float parameters that follow `x`.
-        saves_mask: the derivative is 0 or 1 everywhere, so that one bit an element is saved for
-            backward instead of `x`.
+        saves: what the kernels save for backward out of place: `x`; `y`; or `mask`, one bit an
+            element, which tells whether the gradient passes as at x = 1, or else as at x = -1.
         torch_node: the parameters of a node of the autograd graph that computed torch's own op, or
             None of any other node.
     """
 
     name: str
     torch_forward: Callable[..., Tensor]
-    torch_backward: Callable[..., Tensor]
+    torch_backward: Callable[..., Tensor] | None = None
+    torch_backward_from_output: Callable[..., Tensor] | None = None
     forward: Callable[..., Tensor] | None = None
     derivative: Callable[..., Tensor] | None = None
     fuses: Callable[..., bool] = lambda *parameters: False
     parameters: tuple[str, ...] = ()
-    saves_mask: bool = False
+    saves: Literal["x", "y", "mask"] = "x"
     torch_node: Callable[[Node], tuple[float, ...] | None] = lambda node: None
     eager: Kernels = dataclasses.field(init=False)
     formula: Kernels = dataclasses.field(init=False)
     Function: type[KernelFunction] = dataclasses.field(init=False)
     InplaceFunction: type[KernelFunction] = dataclasses.field(init=False)
 
+    @property
+    def saves_inplace(self) -> str:
+        """What the kernels save where `y` takes the place of `x`."""
+        return self.saves if self.torch_backward_from_output is None else "y"
+
     def __post_init__(self):
         object.__setattr__(self, "eager", eager.kernels(self))
         object.__setattr__(self, "formula", eager.formula(self))
         object.__setattr__(self, "Function", make_function(self))
         object.__setattr__(self, "InplaceFunction", make_inplace_function(self))
+
+
+def as_float(op: str, name: str, value: float, largest: float) -> float:
+    """The parameter `value` as a float, or an error unless it is at most `largest` in magnitude."""
+    # The first test is what a call costs; numbers.Real takes 0.3 us.
+    if type(value) is not float and (
+        not isinstance(value, numbers.Real) or isinstance(value, bool)
+    ):
+        raise TypeError(f"{op}: expected {name} to be a float, got {type(value).__name__}")
+    if not -largest <= value <= largest:
+        raise ValueError(f"{op}: expected {name} between {-largest} and {largest}, got {value}")
+    return float(value)
 
 
 def kernels_for(activation: Activation, x: Tensor, *parameters: float) -> Kernels:
@@ -129,7 +150,7 @@ def activate(activation: Activation, x: Tensor, inplace: bool, *parameters: floa
         with torch._C._AutoDispatchBelowAutograd():
             kernels.forward_out(x, *parameters, out=x)
         return x
-    source = x if activation.saves_mask else x.clone()
+    source = x.clone() if activation.saves_inplace == "x" else x
     return first(activation.InplaceFunction.apply_kernels(source, x, *parameters, kernels))
 
 
@@ -142,6 +163,7 @@ class KernelFunction(torch.autograd.Function):
 
     apply_kernels: ClassVar[Callable[..., Tensor | tuple[Tensor, ...]]]
     torch_forward: ClassVar[Callable[..., Tensor]]
+    saves: ClassVar[str]  # as in `Activation`
 
     def __init_subclass__(cls) -> None:
         cls.apply_kernels = super(torch.autograd.Function, cls).apply
@@ -167,31 +189,33 @@ def make_function(activation: Activation) -> type[KernelFunction]:
         kernels = args[count] if len(args) > count else kernels_for(activation, x, *parameters)
         ctx.kernels, ctx.parameters = kernels, parameters
         if kernels.forward_with_mask is None:
-            ctx.save_for_backward(x)
-            return call(kernels.forward, x, *parameters)
+            y = call(kernels.forward, x, *parameters)
+            ctx.save_for_backward(y if activation.saves == "y" else x)
+            return y
         y, mask = call(kernels.forward_with_mask, x, *parameters)
         return save_mask(ctx, y, y.stride(), mask)
 
     def backward(ctx, grad_output, grad_anchor=None):
-        return (grad_input(activation, ctx, grad_output), *[None] * (count + 1))
+        grad = grad_input(activation, activation.saves, ctx, grad_output)
+        return (grad, *[None] * (count + 1))
 
-    return function_class(activation, "Function", forward, backward)
+    return function_class(activation, "Function", activation.saves, forward, backward)
 
 
 def make_inplace_function(activation: Activation) -> type[KernelFunction]:
     """The in-place Function: `apply(source, x, *parameters)` writes `x`, which is then returned.
 
-    `source` has the values of `x`. It is `x` itself where only a mask is saved, else a clone that
+    `source` has the values of `x`. It is `x` itself where that is not saved, else a clone that
     keeps its place in the graph, so that a second derivative finds its way.
     """
-    count = len(activation.parameters)
+    count, saves = len(activation.parameters), activation.saves_inplace
 
     def forward(ctx, source, x, *args):
         parameters, kernels = args[:count], args[count]
         ctx.kernels, ctx.parameters = kernels, parameters
         ctx.mark_dirty(x)
         if kernels.forward_with_mask_out is None:
-            ctx.save_for_backward(source)
+            ctx.save_for_backward(x if saves == "y" else source)
             call(kernels.forward_out, source, *parameters, out=x)
             return x
         mask = call(kernels.forward_with_mask_out, x, *parameters, out=x)
@@ -200,20 +224,24 @@ def make_inplace_function(activation: Activation) -> type[KernelFunction]:
         return save_mask(ctx, x, dense.stride(), mask)
 
     def backward(ctx, grad_output, grad_anchor=None):
-        return (grad_input(activation, ctx, grad_output), None, *[None] * (count + 1))
+        grad = grad_input(activation, saves, ctx, grad_output)
+        return (grad, None, *[None] * (count + 1))
 
-    return function_class(activation, "InplaceFunction", forward, backward)
+    return function_class(activation, "InplaceFunction", saves, forward, backward)
 
 
-def function_class(activation: Activation, kind: str, forward, backward) -> type[KernelFunction]:
+def function_class(
+    activation: Activation, kind: str, saves: str, forward, backward
+) -> type[KernelFunction]:
     functions = {
         "forward": forward,
         "backward": backward,
         "torch_forward": activation.torch_forward,
     }
     members = {name: staticmethod(function) for name, function in functions.items()}
-    members["__module__"] = __name__
-    return type(KernelFunction)(f"{activation.name.title()}{kind}", (KernelFunction,), members)
+    members |= {"__module__": __name__, "saves": saves}
+    name = activation.name.title().replace("_", "")
+    return type(KernelFunction)(f"{name}{kind}", (KernelFunction,), members)
 
 
 def save_mask(
@@ -246,7 +274,7 @@ def call(op, *args, **kwargs):
         return op(*args, **kwargs)
 
 
-def grad_input(activation: Activation, ctx, grad_output: Tensor | None) -> Tensor:
+def grad_input(activation: Activation, saves: str, ctx, grad_output: Tensor | None) -> Tensor:
     """The gradient with respect to `x`, itself differentiable under `create_graph=True`."""
     saved, *anchor = ctx.saved_tensors
     kernels, parameters = ctx.kernels, ctx.parameters
@@ -257,9 +285,13 @@ def grad_input(activation: Activation, ctx, grad_output: Tensor | None) -> Tenso
     )
     if kernels.forward_with_mask is not None:
         if differentiable:
-            passes = unpack(saved, grad_output.shape, ctx.stride)
-            return torch.where(passes, grad_output, 0) + anchor[0].sum()
+            x = unpack(saved, grad_output.shape, ctx.stride).to(grad_output.dtype) * 2 - 1
+            return activation.torch_backward(grad_output, x, *parameters) + anchor[0].sum()
         return call(kernels.backward, grad_output, saved, *parameters, ctx.stride)
+    if saves == "y":
+        if differentiable:  # y is in the graph, as the output of this node
+            return activation.torch_backward_from_output(grad_output, saved, *parameters)
+        return call(kernels.backward_from_output, grad_output, saved, *parameters)
     if differentiable:
         with torch.enable_grad():
             x = saved.view_as(saved)  # in the same graph, but without the hooks that x may have

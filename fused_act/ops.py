@@ -2,14 +2,15 @@
 
 `torch.ops.fused_act_cuda.*` gets its kernels from csrc/ops.cu, `torch.ops.fused_act_triton.*` from
 backends/triton.py. The raw ops are what the Functions call and what a graph shows; they have no
-derivative, so they refuse an input that requires grad. For mish (saves its input) and relu6 (saves
-one bit an element) they are
+derivative, so they refuse an input that requires grad. For mish (saves its input), tanh (its
+output) and relu6 (one bit an element) they are
 
     mish(x) -> y                        relu6(x) -> y
     mish.out(x, *, out)                 relu6.out(x, *, out)
     mish_backward(grad_output, x)       relu6_with_mask(x) -> y, mask
                                         relu6_with_mask.out(x, *, out) -> mask
-                                        relu6_backward(grad_output, mask, stride)
+    tanh_backward_from_output(          relu6_backward(grad_output, mask, stride)
+        grad_output, y)
 
 `mask` is uint8, ceil(numel / 8) long: bit i % 8 of byte i // 8 tells whether the gradient passes
 element i in memory order. `stride` is that of `y`, which fixes this order.
@@ -18,7 +19,8 @@ element i in memory order. `stride` is that of `y`, which fixes this order.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.autograd.forward_ad as forward_ad
@@ -33,30 +35,107 @@ from fused_act.backends import DTYPES, Kernels
 # The layout contract is in the fakes: Inductor must not pass or expect other strides.
 TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
 
+ROWS = ACTIVATIONS
 
-def schemas(activation: Activation) -> dict[str, str]:
-    """The schema of each op of `activation`, keyed by the field of `Kernels` that calls it."""
+
+class RawOp(NamedTuple):
+    """One raw op.
+
+    Args:
+        schema: its schema, without the namespace.
+        fake: what it returns, without data: `fake(*args, **kwargs)`.
+        check: raises for arguments that no kernel may get: `check(name, device_types, *args,
+            **kwargs)`.
+    """
+
+    schema: str
+    fake: Callable
+    check: Callable[..., None]
+
+    @property
+    def name(self) -> str:
+        return self.schema.partition("(")[0]
+
+
+@functools.singledispatch
+def raw_ops(row) -> dict[str, RawOp]:
+    """The raw ops of a row, keyed by the field of `Kernels` that calls them."""
+    raise NotImplementedError(type(row))
+
+
+@raw_ops.register
+def elementwise_ops(activation: Activation) -> dict[str, RawOp]:
     # No defaults: the dispatcher drops trailing arguments that equal theirs.
     parameters = "".join(f", float {parameter}" for parameter in activation.parameters)
     name = activation.name
-    signatures = {
-        "forward": f"{name}(Tensor x{parameters}) -> Tensor",
-        "forward_out": f"{name}.out(Tensor x{parameters}, *, Tensor(a!) out) -> ()",
+
+    # An output is dense, and keeps the strides if `x` is.
+    def forward(x, *parameters):
+        return torch.empty_like(x)
+
+    def forward_with_mask(x, *parameters):
+        return torch.empty_like(x), forward_with_mask_out(x)
+
+    def forward_with_mask_out(x, *parameters, out=None):
+        return x.new_empty((mask_numel(x),), dtype=torch.uint8)
+
+    def backward(grad_output, saved, *parameters):
+        return torch.empty_like(saved)
+
+    def masked_backward(grad_output, mask, *parameters_and_stride):
+        *_, stride = parameters_and_stride
+        return torch.empty_strided(
+            grad_output.shape, stride, dtype=grad_output.dtype, device=grad_output.device
+        )
+
+    def check_tensors(op, device_types, x, *args, out=None):
+        other = next((arg for arg in (out, *args) if isinstance(arg, Tensor)), None)
+        check(op, x, other, device_types=device_types)
+
+    def check_masked_backward(op, device_types, grad_output, mask, *parameters_and_stride):
+        *_, stride = parameters_and_stride
+        check(op, grad_output, mask=mask, stride=stride, device_types=device_types)
+
+    ops = {
+        "forward": RawOp(f"{name}(Tensor x{parameters}) -> Tensor", forward, check_tensors),
+        "forward_out": RawOp(
+            f"{name}.out(Tensor x{parameters}, *, Tensor(a!) out) -> ()",
+            lambda x, *parameters, out: None,
+            check_tensors,
+        ),
     }
-    if activation.saves_mask:
-        saved, layout = "mask", ", SymInt[] stride"
-        signatures |= {
-            "forward_with_mask": f"{name}_with_mask(Tensor x{parameters}) -> (Tensor, Tensor)",
-            "forward_with_mask_out": (
-                f"{name}_with_mask.out(Tensor x{parameters}, *, Tensor(a!) out) -> Tensor"
+    if activation.saves == "mask":
+        ops |= {
+            "forward_with_mask": RawOp(
+                f"{name}_with_mask(Tensor x{parameters}) -> (Tensor, Tensor)",
+                forward_with_mask,
+                check_tensors,
+            ),
+            "forward_with_mask_out": RawOp(
+                f"{name}_with_mask.out(Tensor x{parameters}, *, Tensor(a!) out) -> Tensor",
+                forward_with_mask_out,
+                check_tensors,
+            ),
+            "backward": RawOp(
+                f"{name}_backward(Tensor grad_output, Tensor mask{parameters}, SymInt[] stride)"
+                " -> Tensor",
+                masked_backward,
+                check_masked_backward,
             ),
         }
-    else:
-        saved, layout = "x", ""
-    signatures["backward"] = (
-        f"{name}_backward(Tensor grad_output, Tensor {saved}{parameters}{layout}) -> Tensor"
-    )
-    return signatures
+    if activation.saves == "x":
+        ops["backward"] = RawOp(
+            f"{name}_backward(Tensor grad_output, Tensor x{parameters}) -> Tensor",
+            backward,
+            check_tensors,
+        )
+    if activation.saves_inplace == "y":
+        ops["backward_from_output"] = RawOp(
+            f"{name}_backward_from_output(Tensor grad_output, Tensor y{parameters}) -> Tensor",
+            backward,
+            check_tensors,
+        )
+    return ops
 
 
 def check(
@@ -72,7 +151,7 @@ def check(
 
     Args:
         x: the tensor that fixes dtype, device and shape: the input, or `grad_output`.
-        other: `out` or the saved input, which must match `x`.
+        other: `out` or the saved input or output, which must match `x`.
         mask, stride: as `relu6_backward` takes them.
         device_types: the devices that the op takes, besides meta.
     """
@@ -126,30 +205,6 @@ def mask_numel(x: Tensor) -> int:
     return (x.numel() + 7) // 8
 
 
-def fakes(activation: Activation) -> dict:
-    """What each op returns, without data: an output is dense and keeps the strides if `x` is."""
-
-    def new_mask(x):
-        return x.new_empty((mask_numel(x),), dtype=torch.uint8)
-
-    def backward(grad_output, x, *parameters):
-        return torch.empty_like(x)
-
-    def masked_backward(grad_output, mask, *parameters):
-        stride = parameters[-1]
-        return torch.empty_strided(
-            grad_output.shape, stride, dtype=grad_output.dtype, device=grad_output.device
-        )
-
-    return {
-        "forward": lambda x, *parameters: torch.empty_like(x),
-        "forward_out": lambda x, *parameters, out: None,
-        "forward_with_mask": lambda x, *parameters: (torch.empty_like(x), new_mask(x)),
-        "forward_with_mask_out": lambda x, *parameters, out: new_mask(x),
-        "backward": masked_backward if activation.saves_mask else backward,
-    }
-
-
 def is_differentiated(x: Tensor) -> bool:
     """Whether reverse-mode or forward-mode AD follows `x`."""
     if forward_ad._current_level >= 0 and forward_ad.unpack_dual(x).tangent is not None:
@@ -157,7 +212,7 @@ def is_differentiated(x: Tensor) -> bool:
     return torch.is_grad_enabled() and x.requires_grad
 
 
-def refuse_autograd(op, activation: Activation, field: str, device_types: tuple[str, ...]):
+def refuse_autograd(op, raw_op: RawOp, public: str, device_types: tuple[str, ...]):
     """The Autograd kernel of a raw op: check what users pass in; never lose a gradient silently."""
     name = op.name()
 
@@ -165,15 +220,10 @@ def refuse_autograd(op, activation: Activation, field: str, device_types: tuple[
         tensors = [arg for arg in (*args, *kwargs.values()) if isinstance(arg, Tensor)]
         if any(is_differentiated(tensor) for tensor in tensors):
             raise RuntimeError(
-                f"{name} has no derivative; call fused_act.{activation.name}, which is "
-                "differentiable, or wrap the call in torch.no_grad()"
+                f"{name} has no derivative; call fused_act.{public}, which is differentiable, or "
+                "wrap the call in torch.no_grad()"
             )
-        device_types_or_meta = (*device_types, "meta")
-        if field == "backward" and activation.saves_mask:
-            grad_output, mask, stride = args[0], args[1], args[-1]
-            check(name, grad_output, mask=mask, stride=stride, device_types=device_types_or_meta)
-        else:
-            check(name, *tensors, device_types=device_types_or_meta)
+        raw_op.check(name, (*device_types, "meta"), *args, **kwargs)
         with torch._C._AutoDispatchBelowAutograd():
             return op(*args, **kwargs)
 
@@ -195,17 +245,15 @@ def bump_version(op, *args, out, **kwargs):
 def define(namespace: str, device_types: tuple[str, ...]) -> torch.library.Library:
     """Define every op in `namespace`, with its fake and what guards it."""
     library = torch.library.Library(namespace, "DEF")
-    for activation in ACTIVATIONS:
-        for field, schema in schemas(activation).items():
-            library.define(schema, tags=TAGS)
-            name = schema.partition("(")[0]
-            op = overload(namespace, name)
-            fake = fakes(activation)[field]
-            torch.library.register_fake(f"{namespace}::{name}", fake, lib=library)
-            autograd = refuse_autograd(op, activation, field, device_types)
-            library.impl(name, autograd, "Autograd")
+    for row in ROWS:
+        for field, raw_op in raw_ops(row).items():
+            library.define(raw_op.schema, tags=TAGS)
+            op = overload(namespace, raw_op.name)
+            torch.library.register_fake(f"{namespace}::{raw_op.name}", raw_op.fake, lib=library)
+            autograd = refuse_autograd(op, raw_op, row.name, device_types)
+            library.impl(raw_op.name, autograd, "Autograd")
             if field.endswith("_out"):
-                library.impl(name, functools.partial(bump_version, op), "ADInplaceOrView")
+                library.impl(raw_op.name, functools.partial(bump_version, op), "ADInplaceOrView")
                 # Selective checkpointing keeps what an op returns and then skips the op: it would
                 # leave `out` as it was, and gradients wrong. This one is always computed again.
                 SAC_IGNORED_OPS.add(op)
@@ -221,13 +269,10 @@ def overload(namespace: str, name: str):
 def kernels(namespace: str) -> dict[str, Kernels]:
     """The ops of `namespace` as `Kernels`, by activation name."""
     return {
-        activation.name: Kernels(
-            **{
-                field: overload(namespace, schema.partition("(")[0])
-                for field, schema in schemas(activation).items()
-            }
+        row.name: Kernels(
+            **{field: overload(namespace, op.name) for field, op in raw_ops(row).items()}
         )
-        for activation in ACTIVATIONS
+        for row in ROWS
     }
 
 

@@ -136,7 +136,9 @@ def recompute(tensor: Tensor, norm: bool) -> Recomputed | None:
 def of_activation(node: Node) -> Recomputed | None:
     function = getattr(node, "_forward_cls", None)
     if function is not None:
-        if not issubclass(function, KernelFunction) or node.kernels.forward_with_mask is not None:
+        if not issubclass(function, KernelFunction) or function.saves == "y":
+            return None
+        if node.kernels.forward_with_mask is not None:
             return None
         forward, parameters = node.kernels.forward, node.parameters
         (x,) = peek(lambda: node.saved_tensors)

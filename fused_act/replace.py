@@ -12,13 +12,27 @@ from typing import TypeVar
 
 from torch import nn
 
+from fused_act.activations.leaky_relu import LeakyReLU
 from fused_act.activations.mish import Mish
+from fused_act.activations.relu import ReLU
 from fused_act.activations.relu6 import ReLU6
+from fused_act.activations.selu import SELU
+from fused_act.activations.sigmoid import Sigmoid
 from fused_act.activations.swish import SiLU
+from fused_act.activations.tanh import Tanh
 
 Model = TypeVar("Model", bound=nn.Module)
 
-FUSED = {nn.Mish: Mish, nn.SiLU: SiLU, nn.ReLU6: ReLU6}
+FUSED = {
+    nn.Mish: Mish,
+    nn.SiLU: SiLU,
+    nn.ReLU6: ReLU6,
+    nn.Sigmoid: Sigmoid,
+    nn.Tanh: Tanh,
+    nn.ReLU: ReLU,
+    nn.LeakyReLU: LeakyReLU,
+    nn.SELU: SELU,
+}
 TORCH = {fused: original for original, fused in FUSED.items()}
 
 
@@ -38,10 +52,11 @@ def fused_class(module: nn.Module) -> type[nn.Module] | None:
 def replace_activations(
     model: Model, filter_fn: Callable[[str, nn.Module], bool] | None = None
 ) -> Model:
-    """Make torch's `Mish`, `SiLU` and `ReLU6` modules in `model` fused ones, in place.
+    """Make torch's activation modules in `model` fused ones, in place.
 
-    Also transformers' `SiLUActivation` and `MishActivation`. Modules are matched by exact type and
-    keep their `inplace`; parameters, buffers and `state_dict` stay as they are.
+    These are `Mish`, `SiLU`, `ReLU6`, `Sigmoid`, `Tanh`, `ReLU`, `LeakyReLU` and `SELU`, and
+    transformers' `SiLUActivation` and `MishActivation`. Modules are matched by exact type and keep
+    their `inplace`; parameters, buffers and `state_dict` stay as they are.
 
     Args:
         model: any module, an activation itself included.

@@ -31,7 +31,7 @@ RELU6 = Activation(
     name="relu6",
     torch_forward=F.relu6,
     torch_backward=torch_backward,
-    saves_mask=True,
+    saves="mask",
     torch_node=torch_node,
 )
 

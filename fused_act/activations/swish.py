@@ -6,14 +6,12 @@ Elfwing, Uchibe, Doya, "Sigmoid-Weighted Linear Units", 2017, arXiv:1702.03118.
 
 from __future__ import annotations
 
-import numbers
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.jit import is_scripting
 
-from fused_act.activation import Activation, activate
+from fused_act.activation import Activation, activate, as_float
 
 
 def exponential(x: Tensor, beta: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -75,18 +73,6 @@ SWISH = Activation(
 LARGEST_BETA = 2.3e38
 
 
-def checked(beta: float) -> float:
-    """`beta` as a float, or a clear error."""
-    # The first test is what a call costs; numbers.Real takes 0.3 us.
-    if type(beta) is not float and (not isinstance(beta, numbers.Real) or isinstance(beta, bool)):
-        raise TypeError(f"swish: expected beta to be a float, got {type(beta).__name__}")
-    if not -LARGEST_BETA <= beta <= LARGEST_BETA:
-        raise ValueError(
-            f"swish: expected beta between {-LARGEST_BETA} and {LARGEST_BETA}, got {beta}"
-        )
-    return float(beta)
-
-
 def swish(x: Tensor, beta: float = 1.0, inplace: bool = False) -> Tensor:
     """Swish, y = x * sigmoid(beta * x), applied to each element (arXiv:1710.05941).
 
@@ -110,7 +96,7 @@ def swish(x: Tensor, beta: float = 1.0, inplace: bool = False) -> Tensor:
     """
     if is_scripting():
         return torch_forward(x, beta, inplace)
-    return activate(SWISH, x, inplace, checked(beta))
+    return activate(SWISH, x, inplace, as_float("swish", "beta", beta, LARGEST_BETA))
 
 
 def silu(x: Tensor, inplace: bool = False) -> Tensor:
@@ -137,7 +123,7 @@ class Swish(torch.nn.Module):
 
     def __init__(self, beta: float = 1.0, inplace: bool = False):
         super().__init__()
-        self.beta = checked(beta)
+        self.beta = as_float("swish", "beta", beta, LARGEST_BETA)
         self.inplace = inplace
 
     def forward(self, input: Tensor) -> Tensor:

@@ -23,13 +23,15 @@ PLAIN = (Tensor, torch.nn.Parameter)  # the types that kernels take; a subclass 
 class Kernels(NamedTuple):
     """The functions of one activation in one backend.
 
-    Each takes the activation's float parameters behind the tensors. The last two are None where the
-    input, not a mask, is saved for backward.
+    Each takes the activation's float parameters behind the tensors. None is what it does not need,
+    for it saves something else for backward.
     """
 
     forward: Callable[..., Tensor]  # (x) -> y
-    forward_out: Callable[..., None]  # (x, out=y), where y may be x
-    backward: Callable[..., Tensor]  # (grad_output, saved) -> grad_input; mask: stride comes last
+    forward_out: Callable[..., None] | None = None  # (x, out=y), where y may be x
+    # (grad_output, x) or (grad_output, mask, then parameters, stride) -> grad_input
+    backward: Callable[..., Tensor] | None = None
+    backward_from_output: Callable[..., Tensor] | None = None  # (grad_output, y) -> grad_input
     forward_with_mask: Callable[..., tuple[Tensor, Tensor]] | None = None  # (x) -> y, mask
     forward_with_mask_out: Callable[..., Tensor] | None = None  # (x, out=y) -> mask
 

@@ -12,7 +12,7 @@ from fused_act.backends import Backend, Kernels
 
 
 def kernels(activation) -> Kernels:
-    """`activation` computed by torch's own op; `x` is what its backward needs."""
+    """`activation` computed by torch's own op; backward needs `x`, or `y` where torch does."""
 
     def forward(x, *parameters):
         return activation.torch_forward(x, *parameters, inplace=False)
@@ -20,10 +20,9 @@ def kernels(activation) -> Kernels:
     def forward_out(x, *parameters, out):
         out.copy_(forward(x, *parameters))
 
-    def backward(grad_output, x, *parameters):
-        return activation.torch_backward(grad_output, x, *parameters)
-
-    return Kernels(forward, forward_out, backward)
+    return Kernels(
+        forward, forward_out, activation.torch_backward, activation.torch_backward_from_output
+    )
 
 
 def formula(activation) -> Kernels:
@@ -36,7 +35,7 @@ def formula(activation) -> Kernels:
         derivative = activation.derivative(convert(x, torch.float32), *parameters)
         return convert(convert(grad_output, torch.float32) * derivative, x.dtype)
 
-    return kernels(activation)._replace(forward=forward, backward=backward)
+    return Kernels(forward, backward=backward)
 
 
 def convert(x: Tensor, dtype: torch.dtype) -> Tensor:

@@ -1,5 +1,8 @@
 """The Triton pairs: `forward` and `derivative` of one element, in fp32, for each activation.
 
+The derivative is one of x, or of y where that is saved (`derivative_from_output`). Where a mask is
+saved, `passes` tells of x whether the gradient passes, and `gradient` what comes through.
+
 `LOW` is true for 16-bit tensors, whose results need fewer bits: there e^x is scaled by 2^32, so
 that it does not underflow before the product with x does. fp32 has no bits to spare for the larger
 argument; below -87, where e^x is subnormal and flushes, it takes e^(x/2) twice, and it puts the
@@ -23,6 +26,10 @@ TWO_32 = tl.constexpr(4294967296.0)
 TWO_33 = tl.constexpr(8589934592.0)
 TWO_65 = tl.constexpr(36893488147419103232.0)
 TWO_66 = tl.constexpr(73786976294838206464.0)
+SELU_SCALE = tl.constexpr(1.0507009873554804934193349852946)
+SELU_SCALE_ALPHA = tl.constexpr(1.7580993408473768599402175208123)
+SELU_SCALE_ALPHA_HIGH = tl.constexpr(1.7580993175506591796875)  # that in fp32
+SELU_SCALE_ALPHA_LOW = tl.constexpr(2.3296717680252717521e-8)  # what that leaves out
 
 
 @triton.jit
@@ -174,6 +181,118 @@ def relu6_forward(x, LOW: tl.constexpr):
 
 
 @triton.jit
-def relu6_derivative(x, LOW: tl.constexpr):
+def relu6_passes(x):
     # NaN compares false and passes the gradient on, as in torch's CUDA kernel.
-    return tl.where((x <= 0.0) | (x >= 6.0), 0.0, 1.0)
+    return ((x <= 0.0) | (x >= 6.0)) == 0
+
+
+@triton.jit
+def relu6_gradient(grad_output, passes):
+    # Not a product: a gradient of inf or NaN that does not pass leaves 0.
+    return tl.where(passes, grad_output, 0.0)
+
+
+@triton.jit
+def relu_forward(x, LOW: tl.constexpr):
+    return tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def relu_passes(x):
+    return (x <= 0.0) == 0  # NaN passes
+
+
+@triton.jit
+def relu_gradient(grad_output, passes):
+    return tl.where(passes, grad_output, 0.0)
+
+
+@triton.jit
+def leaky_relu_forward(x, negative_slope, LOW: tl.constexpr):
+    return tl.where(x > 0.0, x, x * negative_slope)
+
+
+@triton.jit
+def leaky_relu_passes(x):
+    return x > 0.0
+
+
+@triton.jit
+def leaky_relu_gradient(grad_output, passes, negative_slope):
+    return tl.where(passes, grad_output, grad_output * negative_slope)
+
+
+@triton.jit
+def sigmoid_forward(x, LOW: tl.constexpr):
+    if LOW:
+        e = exp2_approx(x * -LOG2E - 32.0)
+        return reciprocal_approx(e + 1.0 / TWO_32) * (1.0 / TWO_32)
+    else:
+        clamped = clamp(x, -240.0, 128.0)
+        tail = clamped < TAIL
+        e = exp_compensated(clamped * tl.where(tail, 0.5, -1.0), 0.0)
+        return tl.where(tail, e * e, reciprocal_approx(1.0 + e))
+
+
+@triton.jit
+def sigmoid_derivative_from_output(y, LOW: tl.constexpr):
+    return y * (1.0 - y)
+
+
+# 1 - 2 / (e^2x + 1) cancels near 0: there a polynomial in x^2 takes its place.
+@triton.jit
+def tanh_forward(x, LOW: tl.constexpr):
+    square = x * x
+    if LOW:
+        near = tl.abs(x) < 0.25
+        p = tl.fma(square, -0.05197500497256537, 0.13328699419200996)
+        p = tl.fma(square, p, -0.33333317268234397)
+    else:
+        near = tl.abs(x) < 0.55
+        p = tl.fma(square, -0.006610415440954851, 0.02130950539575405)
+        p = tl.fma(square, p, -0.053909451968851926)
+        p = tl.fma(square, p, 0.1333311388368493)
+        p = tl.fma(square, p, -0.33333332010104344)
+    far = 1.0 - 2.0 * reciprocal_approx(exp2_approx(x * (2.0 * LOG2E)) + 1.0)
+    return tl.where(near, tl.fma(x * square, p, x), far)
+
+
+@triton.jit
+def tanh_derivative_from_output(y, LOW: tl.constexpr):
+    return (1.0 - y) * (1.0 + y)
+
+
+# e^x - 1 cancels near 0: there a polynomial takes its place. From a rounded y, the sum with
+# SCALE ALPHA cancels, so that takes a second part.
+@triton.jit
+def selu_forward(x, LOW: tl.constexpr):
+    if LOW:
+        near = x > -0.125
+        p = tl.fma(x, 0.04013757579362166, 0.16659526492959045)
+        p = tl.fma(x, p, 0.49999950189409315)
+    else:
+        near = x > -0.8
+        p = tl.fma(x, 0.00014742328462483088, 0.0013450949514120594)
+        p = tl.fma(x, p, 0.00831544933897447)
+        p = tl.fma(x, p, 0.04166331433496412)
+        p = tl.fma(x, p, 0.16666643415648477)
+        p = tl.fma(x, p, 0.4999999973526102)
+    negative = tl.where(near, tl.fma(x * x, p, x), exp2_approx(x * LOG2E) - 1.0)
+    return tl.where(x <= 0.0, SELU_SCALE_ALPHA * negative, SELU_SCALE * x)
+
+
+@triton.jit
+def selu_derivative(x, LOW: tl.constexpr):
+    if LOW:
+        negative = exp2_approx(x * LOG2E + 32.0) * (SELU_SCALE_ALPHA / TWO_32)
+    else:
+        clamped = clamp(x, -240.0, 0.0)
+        tail = clamped < TAIL
+        e = exp_compensated(tl.where(tail, 0.5 * clamped, clamped), 0.0)
+        negative = (SELU_SCALE_ALPHA * e) * tl.where(tail, e, 1.0)
+    return tl.where(x <= 0.0, negative, SELU_SCALE)
+
+
+@triton.jit
+def selu_derivative_from_output(y, LOW: tl.constexpr):
+    return tl.where(y <= 0.0, (y + SELU_SCALE_ALPHA_HIGH) + SELU_SCALE_ALPHA_LOW, SELU_SCALE)

@@ -6,6 +6,8 @@ without a mask, for with `offsets < numel` every access would shrink to one elem
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -48,7 +50,7 @@ def mask_offsets(BLOCK_SIZE: tl.constexpr):
 
 @triton.jit
 def forward_tile(
-    x_ptr, y_ptr, mask_ptr, numel, parameters, FORWARD, DERIVATIVE, FULL: tl.constexpr,
+    x_ptr, y_ptr, mask_ptr, numel, parameters, FORWARD, PASSES, FULL: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
 ):  # fmt: skip
     LOW: tl.constexpr = x_ptr.dtype.element_ty != tl.float32
@@ -57,7 +59,7 @@ def forward_tile(
     x = load(x_ptr, offsets, valid)
     store(y_ptr, offsets, FORWARD(x, *parameters, LOW), valid)
     if mask_ptr is not None:
-        passes = DERIVATIVE(x, *parameters, LOW) != 0.0
+        passes = PASSES(x)
         if not FULL:
             passes = passes & valid
         bits = passes.to(tl.int32) << (offsets % 8)
@@ -71,7 +73,7 @@ def forward_tile(
 
 @triton.jit
 def forward_kernel(
-    x_ptr, y_ptr, mask_ptr, numel, parameters, FORWARD: tl.constexpr, DERIVATIVE: tl.constexpr,
+    x_ptr, y_ptr, mask_ptr, numel, parameters, FORWARD: tl.constexpr, PASSES: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
 ):  # fmt: skip
     # 64 bits, for tensors of more than 2^31 elements; within a tile 32 bits do.
@@ -81,20 +83,20 @@ def forward_kernel(
         mask_ptr += start // 8
     if left >= BLOCK_SIZE:
         forward_tile(
-            x_ptr + start, y_ptr + start, mask_ptr, left, parameters, FORWARD, DERIVATIVE, True,
+            x_ptr + start, y_ptr + start, mask_ptr, left, parameters, FORWARD, PASSES, True,
             BLOCK_SIZE,
         )  # fmt: skip
     else:
         # 32 bits, or every offset would be compared in 64, for some 20 registers.
         forward_tile(
             x_ptr + start, y_ptr + start, mask_ptr, left.to(tl.int32), parameters, FORWARD,
-            DERIVATIVE, False, BLOCK_SIZE,
+            PASSES, False, BLOCK_SIZE,
         )  # fmt: skip
 
 
 @triton.jit
 def backward_tile(
-    grad_output_ptr, saved_ptr, grad_input_ptr, numel, parameters, DERIVATIVE,
+    grad_output_ptr, saved_ptr, grad_input_ptr, numel, parameters, BACKWARD,
     FROM_MASK: tl.constexpr, FULL: tl.constexpr, BLOCK_SIZE: tl.constexpr,
 ):  # fmt: skip
     LOW: tl.constexpr = grad_output_ptr.dtype.element_ty != tl.float32
@@ -108,19 +110,18 @@ def backward_tile(
         else:
             mask = tl.load(saved_ptr + bytes_, mask=bytes_ * 8 < numel, other=0)
         bits = (mask.to(tl.int32)[:, None] >> tl.arange(0, 8)[None, :]) & 1
-        # Not a product: a gradient of inf or NaN that does not pass leaves 0.
-        grad_input = tl.where(tl.reshape(bits, (BLOCK_SIZE,)) != 0, grad_output, 0.0)
+        grad_input = BACKWARD(grad_output, tl.reshape(bits, (BLOCK_SIZE,)) != 0, *parameters)
     else:
-        x = load(saved_ptr, offsets, valid)
-        grad_input = grad_output * DERIVATIVE(x, *parameters, LOW)
+        grad_input = grad_output * BACKWARD(load(saved_ptr, offsets, valid), *parameters, LOW)
     store(grad_input_ptr, offsets, grad_input, valid)
 
 
 @triton.jit
 def backward_kernel(
-    grad_output_ptr, saved_ptr, grad_input_ptr, numel, parameters, DERIVATIVE: tl.constexpr,
+    grad_output_ptr, saved_ptr, grad_input_ptr, numel, parameters, BACKWARD: tl.constexpr,
     FROM_MASK: tl.constexpr, BLOCK_SIZE: tl.constexpr,
 ):  # fmt: skip
+    # BACKWARD is the derivative, of x or of y, or what a mask makes of the gradient.
     start = tl.program_id(0).to(tl.int64) * BLOCK_SIZE
     left = numel - start
     if FROM_MASK:
@@ -130,12 +131,12 @@ def backward_kernel(
     if left >= BLOCK_SIZE:
         backward_tile(
             grad_output_ptr + start, saved_ptr, grad_input_ptr + start, left, parameters,
-            DERIVATIVE, FROM_MASK, True, BLOCK_SIZE,
+            BACKWARD, FROM_MASK, True, BLOCK_SIZE,
         )  # fmt: skip
     else:
         backward_tile(
             grad_output_ptr + start, saved_ptr, grad_input_ptr + start, left.to(tl.int32),
-            parameters, DERIVATIVE, FROM_MASK, False, BLOCK_SIZE,
+            parameters, BACKWARD, FROM_MASK, False, BLOCK_SIZE,
         )  # fmt: skip
 
 
@@ -180,8 +181,11 @@ def with_layout_of(like: Tensor, x: Tensor) -> Tensor:
 def implementations(activation) -> dict:
     """The implementation of each raw op of `activation`, by name."""
     name = activation.name
-    FORWARD = getattr(triton_activations, f"{name}_forward")
-    DERIVATIVE = getattr(triton_activations, f"{name}_derivative")
+    math = {
+        function: getattr(triton_activations, f"{name}_{function}", None)
+        for function in ("forward", "derivative", "derivative_from_output", "passes", "gradient")
+    }
+    masked = activation.saves == "mask"
 
     def run(x, y, mask, parameters):
         x = with_layout_of(y, x)
@@ -193,8 +197,8 @@ def implementations(activation) -> dict:
             mask,
             x.numel(),
             parameters,
-            FORWARD,
-            DERIVATIVE,
+            math["forward"],
+            math["passes"],
             **launch_options(forward_kernel, mask is not None),
         )
 
@@ -232,7 +236,7 @@ def implementations(activation) -> dict:
         run_out(x, out, mask, parameters)
         return mask
 
-    def run_backward(grad_output, saved, grad_input, parameters):
+    def run_backward(grad_output, saved, grad_input, parameters, function):
         grad_output = with_layout_of(grad_input, grad_output)
         launch(
             backward_kernel,
@@ -242,16 +246,17 @@ def implementations(activation) -> dict:
             grad_input,
             grad_output.numel(),
             parameters,
-            DERIVATIVE,
-            activation.saves_mask,
-            **launch_options(backward_kernel, activation.saves_mask),
+            math[function],
+            masked,
+            **launch_options(backward_kernel, masked),
         )
         return grad_input
 
-    def backward(grad_output, x, *parameters):
-        ops.check(f"{name}_backward", grad_output, x)
-        grad_input = torch.empty_like(x)
-        return run_backward(grad_output, with_layout_of(grad_input, x), grad_input, parameters)
+    def unmasked_backward(op, function, grad_output, saved, *parameters):
+        ops.check(op, grad_output, saved)
+        grad_input = torch.empty_like(saved)
+        saved = with_layout_of(grad_input, saved)
+        return run_backward(grad_output, saved, grad_input, parameters, function)
 
     def masked_backward(grad_output, mask, *parameters_and_stride):
         *parameters, stride = parameters_and_stride
@@ -259,16 +264,19 @@ def implementations(activation) -> dict:
         grad_input = torch.empty_strided(
             grad_output.shape, stride, dtype=grad_output.dtype, device=grad_output.device
         )
-        return run_backward(grad_output, mask, grad_input, tuple(parameters))
+        return run_backward(grad_output, mask, grad_input, tuple(parameters), "gradient")
 
+    backward = masked_backward
+    if not masked:
+        backward = functools.partial(unmasked_backward, f"{name}_backward", "derivative")
     by_field = {
         "forward": forward,
         "forward_out": forward_out,
         "forward_with_mask": forward_with_mask,
         "forward_with_mask_out": forward_with_mask_out,
-        "backward": masked_backward if activation.saves_mask else backward,
+        "backward": backward,
+        "backward_from_output": functools.partial(
+            unmasked_backward, f"{name}_backward_from_output", "derivative_from_output"
+        ),
     }
-    return {
-        schema.partition("(")[0]: by_field[field]
-        for field, schema in ops.schemas(activation).items()
-    }
+    return {op.name: by_field[field] for field, op in ops.raw_ops(activation).items()}

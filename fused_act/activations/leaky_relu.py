@@ -1,0 +1,87 @@
+"""LeakyReLU: y = x where x > 0, else negative_slope * x.
+
+Maas, Hannun, Ng, "Rectifier Nonlinearities Improve Neural Network Acoustic Models", ICML 2013.
+
+The derivative is one of two numbers, so the kernels save one bit an element for backward.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.graph import Node
+from torch.jit import is_scripting
+
+from fused_act.activation import Activation, activate, as_float
+
+LARGEST_SLOPE = torch.finfo(torch.float32).max
+
+
+def torch_backward(grad_output: Tensor, x: Tensor, negative_slope: float) -> Tensor:
+    return torch.ops.aten.leaky_relu_backward.default(grad_output, x, negative_slope, False)
+
+
+def torch_node(node: Node) -> tuple[float] | None:
+    return (node._saved_negative_slope,) if node.name() == "LeakyReluBackward0" else None
+
+
+LEAKY_RELU = Activation(
+    name="leaky_relu",
+    torch_forward=F.leaky_relu,
+    torch_backward=torch_backward,
+    parameters=("negative_slope",),
+    saves="mask",
+    torch_node=torch_node,
+)
+
+
+def leaky_relu(x: Tensor, negative_slope: float = 0.01, inplace: bool = False) -> Tensor:
+    """LeakyReLU, y = x where x > 0, else negative_slope * x, applied to each element.
+
+    Args:
+        x: any shape and strides. On a GPU float16, bfloat16 and float32 run fused kernels; all
+            other tensors, and all other devices, get `torch.nn.functional.leaky_relu`.
+        negative_slope: a finite float. Less than 0 is right for the kernels in place too, where
+            torch refuses it in backward.
+        inplace: write the result into `x`.
+
+    Returns:
+        A tensor of the shape, dtype and memory format of `x`; `x` itself if `inplace`.
+
+    Backward saves one bit an element (the kernels, in place too) or `x` (torch). The gradient at
+    exactly 0 and at NaN is that of negative numbers.
+
+    Raises:
+        TypeError, ValueError: `negative_slope` is not such a float, or a backend forced by
+            `use_backend` does not take `x`.
+        RuntimeError: as `torch.nn.functional.leaky_relu`, for dtypes that it does not support and
+            for `inplace` on a leaf that requires grad.
+    """
+    if is_scripting():
+        return F.leaky_relu(x, negative_slope, inplace)
+    slope = as_float("leaky_relu", "negative_slope", negative_slope, LARGEST_SLOPE)
+    return activate(LEAKY_RELU, x, inplace, slope)
+
+
+LeakyReLUFunction = LEAKY_RELU.Function
+LeakyReLUFunction.__doc__ = """`LeakyReLUFunction.apply(x, negative_slope)`. Saves bits."""
+
+
+class LeakyReLU(torch.nn.LeakyReLU):
+    """Drop-in for `torch.nn.LeakyReLU`, computed by `fused_act.leaky_relu`.
+
+    Args:
+        negative_slope: a finite float.
+        inplace: write the result into the input.
+
+    Raises:
+        TypeError, ValueError: `negative_slope` is not such a float.
+    """
+
+    def __init__(self, negative_slope: float = 0.01, inplace: bool = False):
+        as_float("leaky_relu", "negative_slope", negative_slope, LARGEST_SLOPE)
+        super().__init__(negative_slope, inplace)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return leaky_relu(input, self.negative_slope, self.inplace)

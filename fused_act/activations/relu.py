@@ -1,0 +1,66 @@
+"""ReLU: y = max(x, 0).
+
+Nair, Hinton, "Rectified Linear Units Improve Restricted Boltzmann Machines", ICML 2010.
+
+The derivative is 0 or 1, so the kernels save one bit an element for backward.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.jit import is_scripting
+
+from fused_act.activation import Activation, activate
+
+
+def torch_backward(grad_output: Tensor, x: Tensor) -> Tensor:
+    return torch.ops.aten.threshold_backward.default(grad_output, x, 0)
+
+
+RELU = Activation(
+    name="relu",
+    torch_forward=F.relu,
+    torch_backward=torch_backward,
+    saves="mask",
+)
+
+
+def relu(x: Tensor, inplace: bool = False) -> Tensor:
+    """ReLU, y = max(x, 0), applied to each element.
+
+    Args:
+        x: any shape and strides. On a GPU float16, bfloat16 and float32 run fused kernels; all
+            other tensors, and all other devices, get `torch.nn.functional.relu`.
+        inplace: write the result into `x`.
+
+    Returns:
+        A tensor of the shape, dtype and memory format of `x`; `x` itself if `inplace`.
+
+    Backward saves one bit an element (the kernels) or `y` (torch). The gradient is 0 at exactly 0;
+    NaN passes it on.
+
+    Raises:
+        RuntimeError: as `torch.nn.functional.relu`, for dtypes that it does not support and for
+            `inplace` on a leaf that requires grad.
+        TypeError, ValueError: a backend forced by `use_backend` does not take `x`.
+    """
+    if is_scripting():
+        return F.relu(x, inplace)
+    return activate(RELU, x, inplace)
+
+
+ReLUFunction = RELU.Function
+ReLUFunction.__doc__ = """`ReLUFunction.apply(x)`: ReLU as a Function. Saves bits."""
+
+
+class ReLU(torch.nn.ReLU):
+    """Drop-in for `torch.nn.ReLU`, computed by `fused_act.relu`.
+
+    Args:
+        inplace: write the result into the input.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        return relu(input, self.inplace)

@@ -1,0 +1,82 @@
+"""SELU: y = scale * x where x > 0, else scale * alpha * (exp(x) - 1).
+
+Klambauer, Unterthiner, Mayr, Hochreiter, "Self-Normalizing Neural Networks", 2017,
+arXiv:1706.02515. Its two constants keep mean 0 and variance 1 from layer to layer.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.graph import Node
+from torch.jit import is_scripting
+
+from fused_act.activation import Activation, activate
+
+ALPHA = 1.6732632423543772848170429916717
+SCALE = 1.0507009873554804934193349852946
+
+
+def torch_backward(grad_output: Tensor, x: Tensor) -> Tensor:
+    return torch.ops.aten.elu_backward.default(grad_output, ALPHA, SCALE, 1.0, False, x)
+
+
+def torch_backward_from_output(grad_output: Tensor, y: Tensor) -> Tensor:
+    return torch.ops.aten.elu_backward.default(grad_output, ALPHA, SCALE, 1.0, True, y)
+
+
+def torch_node(node: Node) -> tuple[()] | None:
+    """A SELU is an ELU with these constants."""
+    if node.name() != "EluBackward0":
+        return None
+    constants = node._saved_alpha, node._saved_scale, node._saved_input_scale
+    return () if constants == (ALPHA, SCALE, 1) else None
+
+
+SELU_ROW = Activation(
+    name="selu",
+    torch_forward=F.selu,
+    torch_backward=torch_backward,
+    torch_backward_from_output=torch_backward_from_output,
+    torch_node=torch_node,
+)
+
+
+def selu(x: Tensor, inplace: bool = False) -> Tensor:
+    """SELU, scale * (x where x > 0, else alpha * (exp(x) - 1)), of each element (arXiv:1706.02515).
+
+    Args:
+        x: any shape and strides. On a GPU float16, bfloat16 and float32 run fused kernels; all
+            other tensors, and all other devices, get `torch.nn.functional.selu`.
+        inplace: write the result into `x`.
+
+    Returns:
+        A tensor of the shape, dtype and memory format of `x`; `x` itself if `inplace`.
+
+    Backward saves `x`, or `y` if `inplace`, as torch does. Out of place it is exact; in place it is
+    so for the rounded `y`, which for x far below 0 is the limit, whose derivative is 0.
+
+    Raises:
+        RuntimeError: as `torch.nn.functional.selu`, for dtypes that it does not support and for
+            `inplace` on a leaf that requires grad.
+        TypeError, ValueError: a backend forced by `use_backend` does not take `x`.
+    """
+    if is_scripting():
+        return F.selu(x, inplace)
+    return activate(SELU_ROW, x, inplace)
+
+
+SELUFunction = SELU_ROW.Function
+SELUFunction.__doc__ = """`SELUFunction.apply(x)`: SELU as a Function. Saves `x`."""
+
+
+class SELU(torch.nn.SELU):
+    """Drop-in for `torch.nn.SELU`, computed by `fused_act.selu`.
+
+    Args:
+        inplace: write the result into the input.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        return selu(input, self.inplace)
