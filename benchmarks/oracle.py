@@ -40,6 +40,56 @@ def relu6_derivative(x: Tensor) -> Tensor:
     return ((x > 0) & (x < 6)).double()
 
 
+def sigmoid_forward(x: Tensor) -> Tensor:
+    return torch.sigmoid(x)
+
+
+def sigmoid_derivative_from_output(y: Tensor) -> Tensor:
+    return y * (1 - y)
+
+
+def tanh_forward(x: Tensor) -> Tensor:
+    return torch.tanh(x)
+
+
+def tanh_derivative_from_output(y: Tensor) -> Tensor:
+    return (1 - y) * (1 + y)
+
+
+def relu_forward(x: Tensor) -> Tensor:
+    return x.clamp(min=0.0)
+
+
+def relu_derivative(x: Tensor) -> Tensor:
+    return (x > 0).double()
+
+
+def leaky_relu_forward(x: Tensor, negative_slope: float) -> Tensor:
+    return torch.where(x > 0, x, x * negative_slope)
+
+
+def leaky_relu_derivative(x: Tensor, negative_slope: float) -> Tensor:
+    return torch.where(x > 0, 1.0, negative_slope)
+
+
+# Klambauer et al., arXiv:1706.02515. Where y + SCALE_ALPHA cancels, its second part counts.
+SCALE = 1.0507009873554804934193349852946
+SCALE_ALPHA = 1.7580993408473768599402175208123
+SCALE_ALPHA_LOW = 1.4153519380084498e-17
+
+
+def selu_forward(x: Tensor) -> Tensor:
+    return torch.where(x > 0, SCALE * x, SCALE_ALPHA * torch.expm1(x))
+
+
+def selu_derivative(x: Tensor) -> Tensor:
+    return torch.where(x > 0, SCALE, SCALE_ALPHA * torch.exp(x))
+
+
+def selu_derivative_from_output(y: Tensor) -> Tensor:
+    return torch.where(y > 0, SCALE, (y + SCALE_ALPHA) + SCALE_ALPHA_LOW)
+
+
 def forward(name: str, x: Tensor, *parameters: float) -> Tensor:
     """The activation `name` of float64 `x`."""
     return globals()[f"{name}_forward"](x, *parameters)
@@ -50,15 +100,22 @@ def derivative(name: str, x: Tensor, *parameters: float) -> Tensor:
     return globals()[f"{name}_derivative"](x, *parameters)
 
 
+def derivative_from_output(name: str, y: Tensor, *parameters: float) -> Tensor:
+    """The derivative of the activation `name` where its output, rounded, is float64 `y`."""
+    return globals()[f"{name}_derivative_from_output"](y, *parameters)
+
+
 def ulp_error(result: Tensor, exact: Tensor, dtype: torch.dtype) -> Tensor:
     """|result - exact| in units of the last place that `exact` has in `dtype`.
 
-    Below the normal numbers the unit is the smallest step of the format.
+    Below the normal numbers the unit is the smallest step of the format. An infinity is right where
+    the exact value rounds to it.
     """
     info = torch.finfo(dtype)
     _, exponent = torch.frexp(exact.abs().clamp(min=info.tiny))
     unit = torch.ldexp(torch.full_like(exact, info.eps), exponent - 1)
-    return (result.double() - exact).abs() / unit
+    ulps = (result.double() - exact).abs() / unit
+    return torch.where(result.isinf() & (result == exact.to(dtype)), 0.0, ulps)
 
 
 def all_values(dtype: torch.dtype) -> Tensor:

@@ -161,10 +161,10 @@ struct Sigmoid {
     }
   }
 
-  __host__ __device__ float derivative_from_output(float y) const { return y * (1.0f - y); }
+  __host__ __device__ float derivative_from_output(float y) const { return fmaf(-y, y, y); }
 };
 
-// y = tanh(x) = 1 - 2 / (e^2x + 1), which cancels near 0: there a polynomial in x^2 takes its
+// y = tanh(x) = +-(1 - 2 / (e^2|x| + 1)), which cancels near 0: there a polynomial in x^2 takes its
 // place, of the least relative error.   y' = 1 - y^2.
 template <typename T>
 struct Tanh {
@@ -182,13 +182,12 @@ struct Tanh {
       p = fmaf(square, p, 0.1333311388368493f);
       p = fmaf(square, p, -0.33333332010104344f);
     }
-    const float far = 1.0f - 2.0f * reciprocal_approx(exp2_approx(x * (2.0f * kLog2e)) + 1.0f);
+    const float e = exp2_approx(fabsf(x) * (2.0f * kLog2e));
+    const float far = copysignf(1.0f - 2.0f * reciprocal_approx(e + 1.0f), x);
     return fabsf(x) < near ? fmaf(x * square, p, x) : far;
   }
 
-  __host__ __device__ float derivative_from_output(float y) const {
-    return (1.0f - y) * (1.0f + y);
-  }
+  __host__ __device__ float derivative_from_output(float y) const { return fmaf(-y, y, 1.0f); }
 };
 
 // y = scale x where x > 0, else scale alpha (e^x - 1), arXiv:1706.02515. Near 0 e^x - 1 cancels:
@@ -216,7 +215,7 @@ struct SELU {
       p = fmaf(x, p, 0.4999999973526102f);
     }
     const float negative = x > near ? fmaf(x * x, p, x) : exp2_approx(x * kLog2e) - 1.0f;
-    return x <= 0.0f ? kScaleAlpha * negative : kScale * x;
+    return x > 0.0f ? kScale * x : kScaleAlpha * negative;
   }
 
   __host__ __device__ float derivative(float x) const {
@@ -229,11 +228,11 @@ struct SELU {
       const float e = exp_compensated(tail ? 0.5f * clamped : clamped, 0.0f);
       negative = (kScaleAlpha * e) * (tail ? e : 1.0f);
     }
-    return x <= 0.0f ? negative : kScale;
+    return x > 0.0f ? kScale : negative;
   }
 
   __host__ __device__ float derivative_from_output(float y) const {
-    return y <= 0.0f ? (y + kScaleAlpha) + kScaleAlphaLow : kScale;
+    return y > 0.0f ? kScale : (y + kScaleAlpha) + kScaleAlphaLow;
   }
 };
 

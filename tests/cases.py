@@ -17,12 +17,18 @@ from fused_act.activation import Activation
 from fused_act.activations import ACTIVATIONS
 from fused_act.backends import DTYPES
 
-# The parameters that each activation with parameters is tested with; the others take none.
-PARAMETERS = {"swish": [(1.0,), (1.702,), (-2.0,)]}
+# One activation for each way through the code, by what it saves, out of place and in place, and by
+# its parameters; and those that are taken. The accuracy is tested of all activations.
+REPRESENTATIVES = ("mish", "swish", "relu6", "sigmoid", "leaky_relu", "selu")
+PARAMETERS = {"swish": [(1.0,), (1.702,)], "leaky_relu": [(0.1,)]}
 # More of them for the accuracy: beta * x overflows for the largest, underflows for the smallest;
 # 1e30 is the largest with a formula.
 ACCURACY_PARAMETERS = {
-    "swish": [*PARAMETERS["swish"], (0.5,), (8.0,), (-1e30,), (2.3e38,), (-2.3e38,), (1e-40,)]
+    "swish": [
+        *PARAMETERS["swish"],
+        *((-2.0,), (0.5,), (8.0,), (-1e30,), (2.3e38,), (-2.3e38,), (1e-40,)),
+    ],
+    "leaky_relu": [(0.01,), (-0.5,), (0.0,), (3.0,)],
 }
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
@@ -53,7 +59,16 @@ def torch_swish(x: Tensor, beta: float, inplace: bool = False) -> Tensor:
     return x.mul_(gate) if inplace else x * gate
 
 
-TORCH_FUNCTIONS = {"mish": F.mish, "relu6": F.relu6, "swish": torch_swish}
+TORCH_FUNCTIONS = {
+    "mish": F.mish,
+    "relu6": F.relu6,
+    "swish": torch_swish,
+    "sigmoid": lambda x, inplace=False: x.sigmoid_() if inplace else x.sigmoid(),
+    "tanh": lambda x, inplace=False: x.tanh_() if inplace else x.tanh(),
+    "relu": F.relu,
+    "leaky_relu": F.leaky_relu,
+    "selu": F.selu,
+}
 
 
 def bind(function, activation: Activation, parameters: tuple[float, ...]):
@@ -74,7 +89,7 @@ def cases(parameters_by_name: dict[str, list[tuple[float, ...]]]) -> list[Case]:
     ]
 
 
-CASES = cases(PARAMETERS)
+CASES = [case for case in cases(PARAMETERS) if case.name in REPRESENTATIVES]
 ACCURACY_CASES = cases(ACCURACY_PARAMETERS)
 
 # On a machine without a GPU the Triton kernels run in the interpreter, in a process of their own.
@@ -124,6 +139,11 @@ def unpack_mask(mask: Tensor, numel: int) -> Tensor:
     bits = bits.flatten().bool()
     assert not bits[numel:].any()
     return bits[:numel]
+
+
+def passes(case: Case, x: Tensor) -> Tensor:
+    """What the mask of a case says of `x`."""
+    return (x > 0) & (x < (6 if case.name == "relu6" else float("inf")))
 
 
 def random(*shape: int, **kwargs) -> Tensor:

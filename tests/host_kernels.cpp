@@ -30,21 +30,22 @@ void forward(const double* parameters, const T* x, T* y, uint8_t* mask, int64_t 
         constexpr int kWidth = decltype(width)::value;
         for (int64_t block = first_block; block < last_block; block++) {
           for (int thread = 0; thread < kThreads; thread++) {
-            if (mask == nullptr) {
-              forward_thread<kWidth, false>(activation, x, y, mask, numel, block, thread);
-            } else {
-              forward_thread<kWidth, true>(activation, x, y, mask, numel, block, thread);
+            if constexpr (kSavesMask<ACTIVATION<T>>) {
+              if (mask != nullptr) {
+                forward_thread<kWidth, true>(activation, x, y, mask, numel, block, thread);
+                continue;
+              }
             }
+            forward_thread<kWidth, false>(activation, x, y, mask, numel, block, thread);
           }
         }
       },
       x, y);
 }
 
-template <bool kMasked, typename T, typename Saved>
-void backward(const double* parameters, const T* grad_output, const Saved* saved, T* grad_input,
+template <bool kMasked, typename Activation, typename T, typename Saved>
+void backward(Activation activation, const T* grad_output, const Saved* saved, T* grad_input,
               int64_t numel, int64_t first_block, int64_t last_block) {
-  const auto activation = make<T>(parameters);
   auto run = [&](auto width) {
     constexpr int kWidth = decltype(width)::value;
     for (int64_t block = first_block; block < last_block; block++) {
@@ -112,19 +113,30 @@ void run_forward(int dtype, const double* parameters, const void* x, void* y, ui
   });
 }
 
+// saves: 'x', 'y' or 'm' for a mask.
 void run_backward(int dtype, const double* parameters, const void* grad_output, const void* saved,
                   void* grad_input, int64_t numel, int64_t first_block, int64_t last_block,
-                  bool masked) {
+                  char saves) {
   with_dtype(dtype, [&](auto element) {
     using T = decltype(element);
     const auto* grad = static_cast<const T*>(grad_output);
     auto* result = static_cast<T*>(grad_input);
-    if (masked) {
-      backward<true>(parameters, grad, static_cast<const uint8_t*>(saved), result, numel,
+    const auto activation = make<T>(parameters);
+    if constexpr (kSavesMask<ACTIVATION<T>>) {
+      backward<true>(activation, grad, static_cast<const uint8_t*>(saved), result, numel,
                      first_block, last_block);
-    } else {
-      backward<false>(parameters, grad, static_cast<const T*>(saved), result, numel, first_block,
-                      last_block);
+    }
+    if constexpr (kSavesInput<ACTIVATION<T>>) {
+      if (saves == 'x') {
+        backward<false>(activation, grad, static_cast<const T*>(saved), result, numel, first_block,
+                        last_block);
+      }
+    }
+    if constexpr (kSavesOutput<ACTIVATION<T>>) {
+      if (saves == 'y') {
+        backward<false>(FromOutput<ACTIVATION<T>>{activation}, grad, static_cast<const T*>(saved),
+                        result, numel, first_block, last_block);
+      }
     }
   });
 }

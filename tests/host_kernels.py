@@ -24,7 +24,7 @@ COMPILER = shutil.which("g++") or shutil.which("clang++")
 def build(folder: Path) -> dict[str, ctypes.CDLL]:
     """The host build of each activation, by name, out of the registration lines of ops.cu."""
     registrations = re.findall(
-        r'implement(?:_masked)?<(\w+)((?:, double)*)>\(library, "(\w+)"\)',
+        r'implement<(\w+)((?:, double)*)>\(library, "(\w+)"\)',
         (ROOT / "csrc" / "ops.cu").read_text(),
     )
     include = Path(torch.__file__).parent / "include"
@@ -53,7 +53,8 @@ class Host:
     """The host build of one case: forward and backward on CPU tensors."""
 
     def __init__(self, library: ctypes.CDLL, case):
-        self.library, self.masked = library, case.activation.saves_mask
+        self.library, self.saves = library, case.activation.saves
+        self.masked = self.saves == "mask"
         self.parameters = (ctypes.c_double * max(1, len(case.parameters)))(*case.parameters)
 
     def tile(self, dtype: torch.dtype) -> int:
@@ -73,8 +74,14 @@ class Host:
         return y
 
     def backward(
-        self, grad_output: Tensor, saved: Tensor, grad_input: Tensor, block: int = 0
+        self,
+        grad_output: Tensor,
+        saved: Tensor,
+        grad_input: Tensor,
+        block: int = 0,
+        saves: str | None = None,
     ) -> Tensor:
+        """Write the gradient, out of what is saved; `saves` says what that is, if not as a rule."""
         start = block * self.tile(grad_output.dtype)
         self.library.run_backward(
             ctypes.c_int(DTYPES.index(grad_output.dtype)),
@@ -83,7 +90,7 @@ class Host:
             address(saved, start // 8 if self.masked else start),
             address(grad_input, start),
             *self.span(grad_output, block),
-            ctypes.c_bool(self.masked),
+            ctypes.c_char((saves or self.saves)[0].encode()),
         )
         return grad_input
 
@@ -95,10 +102,14 @@ class Host:
 
     def pair(self, x: Tensor) -> dict[str, Tensor]:
         """f(x), and f'(x) as the gradient of a gradient of 1."""
-        saved = torch.empty(-(-x.numel() // 8), dtype=torch.uint8) if self.masked else x
-        y = self.forward(x, torch.empty_like(x), saved if self.masked else None)
+        mask = torch.empty(-(-x.numel() // 8), dtype=torch.uint8) if self.masked else None
+        y = self.forward(x, torch.empty_like(x), mask)
+        saved = {"x": x, "y": y, "mask": mask}[self.saves]
         derivative = self.backward(torch.ones_like(x), saved, torch.empty_like(x))
         return {"forward": y, "derivative": derivative}
+
+    def derivative_from_output(self, y: Tensor) -> Tensor:
+        return self.backward(torch.ones_like(y), y, torch.empty_like(y), saves="y")
 
 
 def address(tensor: Tensor, start: int) -> ctypes.c_void_p:

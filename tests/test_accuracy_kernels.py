@@ -9,8 +9,10 @@ import torch
 
 import fused_act
 from benchmarks import oracle
+from fused_act import backends
 from tests import accuracy
 from tests.cases import (
+    ACCURACY_CASES,
     CASES,
     DEVICE,
     INTERPRET,
@@ -21,6 +23,7 @@ from tests.cases import (
 )
 
 KINDS = ("forward", "derivative")
+OF_OUTPUT = [case for case in ACCURACY_CASES if case.activation.saves_inplace == "y"]
 
 
 @pytest.fixture(autouse=True)
@@ -50,15 +53,32 @@ def test_every_16_bit_input(case, backend, dtype):
         accuracy.check_interpreted_bf16(case, x, *results)
         return
     for kind, result in zip(KINDS, results):
-        accuracy.check(case, kind, x, result)
+        accuracy.check(case, kind, x, result, y=results[0])
 
 
 @all_accuracy_cases
 @all_backends
 def test_fp32_in_every_binade(case, backend):
     x = accuracy.stratified_fp32()
-    for kind, result in zip(KINDS, pair(case, backend, x)):
-        accuracy.check(case, kind, x, result, subject=f"{backend} kernels")
+    results = pair(case, backend, x)
+    for kind, result in zip(KINDS, results):
+        accuracy.check(case, kind, x, result, subject=f"{backend} kernels", y=results[0])
+
+
+@pytest.mark.parametrize("case", OF_OUTPUT, ids=str)
+@all_backends
+@all_dtypes
+def test_from_every_output(case, backend, dtype):
+    """So in place too, where elsewhere the input is saved."""
+    y = accuracy.outputs(case, dtype)
+    kernels, tolerance = backends.get(backend).ready().kernels[case.name], accuracy.DERIVATIVE
+    if INTERPRET and dtype is torch.bfloat16:
+        y, tolerance = y[y.abs() >= torch.finfo(dtype).tiny], accuracy.INTERPRETED_BF16
+    on_device = y.to(DEVICE)
+    derivative = kernels.backward_from_output(
+        torch.ones_like(on_device), on_device, *case.parameters
+    )
+    accuracy.check_from_output(case, y, derivative.cpu(), tolerance)
 
 
 def check_every_fp32_input(case, backends, chunks, chunk_size):
@@ -79,8 +99,8 @@ def check_every_fp32_input(case, backends, chunks, chunk_size):
         x = x[x.isfinite()]
         results = {backend: pair(case, backend, x) for backend in (*backends, "torch")}
         for i, kind in enumerate(KINDS):
-            exact = accuracy.true_value(case, kind, x)
             for backend, found in results.items():
+                exact = accuracy.true_value(case, kind, x, found[0])
                 errors[backend, kind].add(x, found[i], exact)
     for (backend, _), found in errors.items():
         accuracy.report(f"{backend}, all 2^32 inputs", found)

@@ -22,9 +22,11 @@ from tests.cases import (
     DEVICE,
     INTERPRET,
     LAYOUTS,
+    PARAMETERS,
     all_backends,
     all_cases,
     all_dtypes,
+    cases,
     unpack_mask,
 )
 
@@ -71,9 +73,11 @@ def test_saves_once(case, backend):
         y = case.function(x)
     storages = {t.untyped_storage().data_ptr() for t in saved if t.numel() > 0}
     assert len(storages) == 1
-    if not case.activation.saves_mask:
-        assert storages == {x.untyped_storage().data_ptr()}
-    assert type(y.grad_fn).__name__.startswith(f"{case.name.title()}Function")
+    if case.activation.saves != "mask":
+        kept = {"x": x, "y": y}[case.activation.saves]
+        assert storages == {kept.untyped_storage().data_ptr()}
+    name = case.name.title().replace("_", "")
+    assert type(y.grad_fn).__name__.startswith(f"{name}Function")
 
 
 @all_cases
@@ -181,8 +185,8 @@ def test_mutated_input_is_caught(case, backend):
     x = leaf * 1
     y = case.function(x)
     x.add_(1)
-    if case.activation.saves_mask:
-        y.sum().backward()  # the bits are still right: x was not saved
+    if case.activation.saves != "x":
+        y.sum().backward()  # what was saved is still right
     else:
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             y.sum().backward()
@@ -265,7 +269,8 @@ def test_backward_stays_with_the_backend_of_forward(case, backend):
     with fused_act.use_backend("torch"), profile(activities=[ProfilerActivity.CPU]) as profiled:
         torch.autograd.grad(y, x, torch.ones_like(y))
     names = [event.name for event in profiled.events()]
-    assert f"fused_act_{backend}::{case.name}_backward" in names
+    op = f"fused_act_{backend}::{case.name}_backward"
+    assert op + "_from_output" * (case.activation.saves == "y") in names
 
 
 @all_cases
@@ -399,7 +404,8 @@ def test_raw_backward_checks_its_arguments(case, backend, mode):
     """Under Autograd, and in inference mode below it, where each backend checks by itself."""
     x = torch.randn(4, 6, device=DEVICE)
     table = kernels(backend, case)
-    if case.activation.saves_mask:
+    backward = table.backward or table.backward_from_output
+    if case.activation.saves == "mask":
         y, mask = table.forward_with_mask(x, *case.parameters)
         assert mask.shape == (3,)
         stride = list(y.stride())
@@ -423,8 +429,8 @@ def test_raw_backward_checks_its_arguments(case, backend, mode):
         ]
     errors = (TypeError, ValueError) if mode is contextlib.nullcontext else Exception
     for grad_output, saved, *layout in wrong:
-        with mode(), pytest.raises(errors, match=r"(_backward|fused_act): expected"):
-            table.backward(grad_output, saved, *case.parameters, *layout)
+        with mode(), pytest.raises(errors, match=r"(_backward\w*|fused_act): expected"):
+            backward(grad_output, saved, *case.parameters, *layout)
 
 
 @all_cases
@@ -432,10 +438,12 @@ def test_raw_backward_checks_its_arguments(case, backend, mode):
 def test_raw_backward_refuses_mixed_devices(case, backend):
     x = torch.randn(4, 6, device=DEVICE)
     saved, layout = x.to("meta"), ()
-    if case.activation.saves_mask:
+    if case.activation.saves == "mask":
         saved, layout = torch.empty(3, dtype=torch.uint8, device="meta"), ([6, 1],)
-    with pytest.raises(ValueError, match=f"{case.name}_backward: expected .* on "):
-        kernels(backend, case).backward(x, saved, *case.parameters, *layout)
+    table = kernels(backend, case)
+    backward = table.backward or table.backward_from_output
+    with pytest.raises(ValueError, match=rf"{case.name}_backward\w*: expected .* on "):
+        backward(x, saved, *case.parameters, *layout)
 
 
 @all_cases
@@ -464,29 +472,31 @@ def test_raw_out_op(case, backend):
             table.forward_out(x, *case.parameters, out=wrong)
 
 
-@all_cases
+@pytest.mark.parametrize("case", cases(PARAMETERS), ids=str)
 @all_backends
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "gapped_permuted", "scalar"])
 def test_opcheck(case, backend, dtype, layout):
     x = make(layout, dtype)
     table, parameters = kernels(backend, case), case.parameters
-    y = torch.empty_like(x)
+    y = torch.zeros_like(x)
     grad_output = torch.randn(y.shape[::-1], dtype=dtype, device=DEVICE)
     grad_output = grad_output.permute(tuple(range(y.dim()))[::-1])
     calls = [
         (table.forward, (x, *parameters), {}),
         (table.forward_out, (x, *parameters), {"out": y}),
     ]
-    if case.activation.saves_mask:
+    if case.activation.saves == "mask":
         mask = table.forward_with_mask(x, *parameters)[1]
         calls += [
             (table.forward_with_mask, (x, *parameters), {}),
             (table.forward_with_mask_out, (x, *parameters), {"out": y}),
             (table.backward, (grad_output, mask, *parameters, list(y.stride())), {}),
         ]
-    else:
+    if case.activation.saves == "x":
         calls += [(table.backward, (grad_output, x, *parameters), {})]
+    if table.backward_from_output is not None:
+        calls += [(table.backward_from_output, (grad_output, y, *parameters), {})]
     for op, args, kwargs in calls:
         torch.library.opcheck(op, args, kwargs)
 

@@ -151,14 +151,17 @@ def test_nothing_outside_an_allocation_is_written(case, backend, dtype, monkeypa
     for size in SIZES:
         x = 4 * torch.randn(size, device=DEVICE).to(dtype)
         grad_output = torch.randn_like(x)
-        if case.activation.saves_mask:
+        layout, backward = (), f"{case.name}_backward"
+        if case.activation.saves == "mask":
             y, saved = kernels[f"{case.name}_with_mask"](x, *case.parameters)
             layout = ([1],)
         else:
-            y, saved, layout = kernels[case.name](x, *case.parameters), x, ()
-        grad = kernels[f"{case.name}_backward"](grad_output, saved, *case.parameters, *layout)
+            y = kernels[case.name](x, *case.parameters)
+            saved = y if case.activation.saves == "y" else x
+            backward += "_from_output" * (saved is y)
+        grad = kernels[backward](grad_output, saved, *case.parameters, *layout)
         accuracy.assert_near(case, "forward", y, x)
         accuracy.assert_near(case, "derivative", grad, x, grad_output)
-    assert len(allocated) == len(SIZES) * (3 if case.activation.saves_mask else 2)
+    assert len(allocated) == len(SIZES) * (3 if case.activation.saves == "mask" else 2)
     for output in allocated:
         output.assert_untouched_outside()

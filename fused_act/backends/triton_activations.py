@@ -236,10 +236,10 @@ def sigmoid_forward(x, LOW: tl.constexpr):
 
 @triton.jit
 def sigmoid_derivative_from_output(y, LOW: tl.constexpr):
-    return y * (1.0 - y)
+    return fma(-y, y, y)
 
 
-# 1 - 2 / (e^2x + 1) cancels near 0: there a polynomial in x^2 takes its place.
+# 1 - 2 / (e^2|x| + 1) cancels near 0: there a polynomial in x^2 takes its place.
 @triton.jit
 def tanh_forward(x, LOW: tl.constexpr):
     square = x * x
@@ -253,13 +253,13 @@ def tanh_forward(x, LOW: tl.constexpr):
         p = tl.fma(square, p, -0.053909451968851926)
         p = tl.fma(square, p, 0.1333311388368493)
         p = tl.fma(square, p, -0.33333332010104344)
-    far = 1.0 - 2.0 * reciprocal_approx(exp2_approx(x * (2.0 * LOG2E)) + 1.0)
-    return tl.where(near, tl.fma(x * square, p, x), far)
+    far = 1.0 - 2.0 * reciprocal_approx(exp2_approx(tl.abs(x) * (2.0 * LOG2E)) + 1.0)
+    return tl.where(near, tl.fma(x * square, p, x), tl.where(x < 0.0, -far, far))
 
 
 @triton.jit
 def tanh_derivative_from_output(y, LOW: tl.constexpr):
-    return (1.0 - y) * (1.0 + y)
+    return fma(-y, y, tl.full((), 1.0, tl.float32))
 
 
 # e^x - 1 cancels near 0: there a polynomial takes its place. From a rounded y, the sum with
@@ -278,7 +278,7 @@ def selu_forward(x, LOW: tl.constexpr):
         p = tl.fma(x, p, 0.16666643415648477)
         p = tl.fma(x, p, 0.4999999973526102)
     negative = tl.where(near, tl.fma(x * x, p, x), exp2_approx(x * LOG2E) - 1.0)
-    return tl.where(x <= 0.0, SELU_SCALE_ALPHA * negative, SELU_SCALE * x)
+    return tl.where(x > 0.0, SELU_SCALE * x, SELU_SCALE_ALPHA * negative)
 
 
 @triton.jit
@@ -290,9 +290,9 @@ def selu_derivative(x, LOW: tl.constexpr):
         tail = clamped < TAIL
         e = exp_compensated(tl.where(tail, 0.5 * clamped, clamped), 0.0)
         negative = (SELU_SCALE_ALPHA * e) * tl.where(tail, e, 1.0)
-    return tl.where(x <= 0.0, negative, SELU_SCALE)
+    return tl.where(x > 0.0, SELU_SCALE, negative)
 
 
 @triton.jit
 def selu_derivative_from_output(y, LOW: tl.constexpr):
-    return tl.where(y <= 0.0, (y + SELU_SCALE_ALPHA_HIGH) + SELU_SCALE_ALPHA_LOW, SELU_SCALE)
+    return tl.where(y > 0.0, SELU_SCALE, (y + SELU_SCALE_ALPHA_HIGH) + SELU_SCALE_ALPHA_LOW)
