@@ -34,7 +34,6 @@ from benchmarks import environment, oracle, providers
 from benchmarks.compare_speed import size
 from benchmarks.providers import DEVICE, DTYPES, Provider
 from fused_act.activation import Activation
-from fused_act.activations import ACTIVATIONS
 from fused_act.backends.triton import INTERPRET
 
 KINDS = ("forward", "derivative")
@@ -136,10 +135,9 @@ def measure(
     errors = {}
     for part in inputs(DTYPES[dtype], mantissas):
         x = part.to(DEVICE)
-        exact = {
-            kind: getattr(oracle, kind)(activation.name, x.double(), *parameters) for kind in KINDS
-        }
-        where = {kind: regions(kind, x, exact[kind]) for kind in KINDS}
+        exact = {"forward": oracle.forward(activation.name, x.double(), *parameters)}
+        if activation.saves != "y":
+            exact["derivative"] = oracle.derivative(activation.name, x.double(), *parameters)
         for provider, function in functions.items():
             if provider in errors:
                 continue
@@ -148,8 +146,11 @@ def measure(
             except Exception as error:
                 errors[provider] = providers.error_text(error)
                 continue
+            if activation.saves == "y":  # each has its own
+                y = results["forward"].double()
+                exact["derivative"] = oracle.derivative_from_output(activation.name, y, *parameters)
             for kind in KINDS:
-                for region, inside in where[kind].items():
+                for region, inside in regions(kind, x, exact[kind]).items():
                     found[provider][kind, region].add(
                         results[kind][inside], exact[kind][inside], x[inside]
                     )
@@ -205,6 +206,7 @@ def parse_arguments() -> argparse.Namespace:
         help="fp32 inputs in each binade of each sign, of which there are 510; a power of 2 from "
         "2^8 to 2^23; default: 2^15, and 2^6 in Triton's interpreter, which is slow",
     )
+    providers.add_activations_argument(parser)
     return parser.parse_args()
 
 
@@ -222,7 +224,7 @@ def main() -> list[dict]:
     compared = providers.available()
     if DEVICE.type == "cpu":
         print("NO GPU: these are the errors of torch's CPU code and of what else runs here.")
-    cases = list(itertools.product(arguments.dtypes, ACTIVATIONS))
+    cases = list(itertools.product(arguments.dtypes, arguments.activations))
     rows = environment.write_csv(
         arguments.results / "accuracy.csv",
         (

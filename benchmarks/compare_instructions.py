@@ -79,7 +79,7 @@ class Case(NamedTuple):
     @property
     def inputs(self) -> int:
         """Tensors of the dtype that are read; a mask is none."""
-        return 1 if self.direction == "forward" or self.masked else 2
+        return 1 if self.direction == "forward" or self.masked else 2  # with grad_output
 
     @property
     def bytes_per_element(self) -> float:

@@ -41,7 +41,6 @@ import fused_act
 from benchmarks import environment, networks, providers, timing
 from benchmarks.providers import DEVICE, DTYPES, Provider
 from fused_act.activation import Activation
-from fused_act.activations import ACTIVATIONS
 from fused_act.backends.triton import INTERPRET
 from fused_act.rematerialization import Kept, peek
 
@@ -297,7 +296,7 @@ def rows_of(
 
 
 def measure_all(arguments: argparse.Namespace, compared: list[Provider]) -> Iterator[dict]:
-    cases = list(itertools.product(ACTIVATIONS, arguments.dtypes, CASES))
+    cases = list(itertools.product(arguments.activations, arguments.dtypes, CASES))
     for activation, dtype, name in environment.progress(cases, len(cases)):
         contenders = [
             contender
@@ -345,6 +344,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--dtypes", choices=DTYPES, nargs="+", default=["bf16"], help="default: bf16"
     )
+    providers.add_activations_argument(parser)
     parser.add_argument(
         "--compile-networks", action="store_true", help="compile the networks, too; takes minutes"
     )

@@ -29,9 +29,9 @@ from torch import Tensor, nn
 
 import fused_act
 from benchmarks import environment, timing
+from benchmarks.providers import FEATURED
 from fused_act import backends
 from fused_act.activation import Activation
-from fused_act.activations import ACTIVATIONS
 from fused_act.backends import Backend, Kernels
 
 NUMEL = 16
@@ -54,14 +54,14 @@ def stub_kernels(activation: Activation) -> Kernels:
     def forward_with_mask(x, *parameters):
         return torch.empty_like(x), torch.empty(NUMEL // 8, dtype=torch.uint8)
 
-    with_mask = forward_with_mask if activation.saves_mask else None
+    with_mask = forward_with_mask if activation.saves == "mask" else None
     return activation.eager._replace(forward=forward, forward_with_mask=with_mask)
 
 
 @contextlib.contextmanager
 def forced_stub() -> Iterator[dict[str, Kernels]]:
     """Force the stub for as long as this is entered; gives its kernels."""
-    kernels = {activation.name: stub_kernels(activation) for activation in ACTIVATIONS}
+    kernels = {activation.name: stub_kernels(activation) for activation in FEATURED}
     previous = backends.forced
     backends.forced = Backend("stub", lambda: None, lambda: kernels, ("cpu",)).ready()
     try:
@@ -109,7 +109,7 @@ def public_rows(path: str, prepare: Callable[[Callable], Callable], rounds: int)
 
 def kernel_rows(rounds: int) -> Iterator[dict]:
     with forced_stub() as kernels:
-        for activation in ACTIVATIONS:
+        for activation in FEATURED:
             ours, stub = getattr(fused_act, activation.name), kernels[activation.name]
             inference, training = torch.randn(NUMEL), torch.randn(NUMEL, requires_grad=True)
             calls = {

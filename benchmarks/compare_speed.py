@@ -47,7 +47,6 @@ from torch import Tensor
 from benchmarks import environment, providers, timing
 from benchmarks.providers import DEVICE, DTYPES, FALLBACK, PROVIDERS, Provider
 from fused_act.activation import Activation
-from fused_act.activations import ACTIVATIONS
 from fused_act.backends import Kernels
 
 BYTES = """\
@@ -101,7 +100,7 @@ class Case:
 
     def directions(self) -> list[str]:
         """Inference is the same kernel as forward where no mask is written."""
-        inference = ["inference"] if self.activation.saves_mask else []
+        inference = ["inference"] if self.activation.saves == "mask" else []
         return [*inference, "forward", "backward", "forward+backward"]
 
 
@@ -201,9 +200,12 @@ def kernel_call(
     else:
         op = kernels.forward
     forward = partial(op, x, *parameters)
+    backward = kernels.backward
+    if backward is None:
+        saved, backward = kernels.forward(x, *parameters), kernels.backward_from_output
     if direction in ("inference", "forward"):
         return forward
-    backward = partial(kernels.backward, grad_output, saved, *parameters, *layout)
+    backward = partial(backward, grad_output, saved, *parameters, *layout)
     return backward if direction == "backward" else lambda: (forward(), backward())
 
 
@@ -224,7 +226,8 @@ def public_call(
 
 def offers(kernels: Kernels, direction: str) -> bool:
     """Whether the ops of one direction are all there."""
-    forward, backward = kernels.forward is not None, kernels.backward is not None
+    forward = kernels.forward is not None
+    backward = kernels.backward is not None or kernels.backward_from_output is not None
     return {"backward": backward, "forward+backward": forward and backward}.get(direction, forward)
 
 
@@ -502,10 +505,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--layouts", choices=LAYOUTS, nargs="+", help="default: all; or, with --sizes, contiguous"
     )
-    names = [activation.name for activation in ACTIVATIONS]
-    parser.add_argument(
-        "--activations", choices=names, nargs="+", default=names, help="default: all"
-    )
+    providers.add_activations_argument(parser)
     names = [provider.name for provider in (*PROVIDERS, FALLBACK)]
     parser.add_argument("--providers", choices=names, nargs="+", default=names, help="default: all")
     parser.add_argument(
@@ -540,10 +540,7 @@ def main() -> list[dict]:
     print(BYTES)
     torch.manual_seed(0)
     cases = [
-        Case(activation, *what)
-        for what in grid(arguments)
-        for activation in ACTIVATIONS
-        if activation.name in arguments.activations
+        Case(activation, *what) for what in grid(arguments) for activation in arguments.activations
     ]
     found = measure_all(cases, compared, method, arguments.time_limit)
     rows = environment.write_csv(arguments.results / "speed.csv", found)

@@ -32,6 +32,11 @@ ATEN_KERNELS = {
     "mish": ("mish_kernel", "mish_backward_kernel"),
     "swish": ("silu_kernel", "silu_backward_kernel"),
     "relu6": ("launch_clamp_scalar", "hardtanh_backward_kernel"),
+    "sigmoid": ("sigmoid_kernel_cuda", "sigmoid_backward_kernel_cuda"),
+    "tanh": ("tanh_kernel_cuda", "tanh_backward_kernel_cuda"),
+    "relu": ("launch_clamp_scalar", "threshold_kernel_impl"),
+    "leaky_relu": ("leaky_relu_kernel", "leaky_relu_backward_kernel"),
+    "selu": ("elu_kernel", "elu_backward_kernel"),
 }
 
 # Threads of a block: as kThreads of csrc/elementwise.cuh and num_threads() of ATen say.
@@ -214,7 +219,7 @@ def compile_triton(
     """Compile a Triton kernel ahead of time, as a launch with aligned pointers would.
 
     Args:
-        direction: "forward" or "backward".
+        direction: "forward", "backward" or "backward from output".
         masked: forward writes a mask, backward reads one.
         capability: 90 for sm_90.
 
@@ -227,21 +232,23 @@ def compile_triton(
 
     from fused_act.backends import triton_activations, triton_kernels
 
-    derivative = getattr(triton_activations, f"{activation.name}_derivative")
+    def math(function: str):
+        return getattr(triton_activations, f"{activation.name}_{function}", None)
+
     element = f"*{TRITON_TYPES[dtype]}"
     common = {"numel": "i64", "parameters": ("fp32",) * len(activation.parameters)}
     if direction == "forward":
         kernel = triton_kernels.forward_kernel
-        forward = getattr(triton_activations, f"{activation.name}_forward")
         signature = {"x_ptr": element, "y_ptr": element}
         signature |= {"mask_ptr": "*u8" if masked else "constexpr"} | common
-        constants = {"FORWARD": forward, "DERIVATIVE": derivative}
+        constants = {"FORWARD": math("forward"), "PASSES": math("passes")}
         constants |= {} if masked else {"mask_ptr": None}
     else:
         kernel = triton_kernels.backward_kernel
         signature = {"grad_output_ptr": element, "saved_ptr": "*u8" if masked else element}
         signature |= {"grad_input_ptr": element} | common
-        constants = {"DERIVATIVE": derivative, "FROM_MASK": masked}
+        function = "gradient" if masked else direction.replace("backward", "derivative")
+        constants = {"BACKWARD": math(function.replace(" ", "_")), "FROM_MASK": masked}
     constants |= {"BLOCK_SIZE": triton_kernels.block_size(dtype)}
     signature |= dict.fromkeys(constants, "constexpr")
     signature = {name: signature[name] for name in kernel.arg_names}
@@ -290,8 +297,10 @@ def cuda_kernel(
 ) -> Kernel:
     """The kernel for aligned tensors of `activation`, out of what `cuda_kernels` found."""
     element = re.escape(CUDA_TYPES[dtype])
+    kernel, _, from_output = direction.partition(" ")
     pattern = (
-        rf"{direction}_kernel<(\d+), {str(masked).lower()}, "
+        rf"{kernel}_kernel<(\d+), {str(masked).lower()}, "
+        rf"{'fused_act::FromOutput<' if from_output else ''}"
         rf"fused_act::{activation.name.replace('_', '')}<{element}>"
     )
     matches = (re.search(pattern, name, flags=re.IGNORECASE) for name in kernels)
@@ -355,9 +364,13 @@ def block_index_uses(ptx: str) -> dict[str, list[str]]:
 
 
 def kernels() -> Iterator[tuple[Activation, str, bool]]:
-    """(activation, direction, masked) of every kernel; relu6 has two forward kernels."""
+    """(activation, direction, masked) of every kernel; one that saves a mask has two forward."""
     for activation in ACTIVATIONS:
         yield activation, "forward", False
-        if activation.saves_mask:
+        if activation.saves == "mask":
             yield activation, "forward", True
-        yield activation, "backward", activation.saves_mask
+            yield activation, "backward", True
+        if activation.saves == "x":
+            yield activation, "backward", False
+        if activation.saves_inplace == "y":
+            yield activation, "backward from output", False

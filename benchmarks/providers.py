@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import importlib
 from collections import Counter
@@ -14,6 +15,8 @@ import fused_act
 from benchmarks.environment import default_device
 from fused_act import backends, ops
 from fused_act.activation import Activation
+from fused_act.activations import ACTIVATIONS
+from fused_act.activations.selu import ALPHA, SCALE
 from fused_act.backends import Kernels
 from fused_act.backends.triton import INTERPRET
 
@@ -22,14 +25,20 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # Who asks for Triton's interpreter wants the kernels on CPU tensors.
 DEVICE = torch.device("cpu") if INTERPRET else default_device()
 
+# What is compared unless others are asked for: the package is made for them.
+FEATURED = ACTIVATIONS[:3]
+
 # The parameters that an activation is compared with; the others take none.
-PARAMETERS = {"swish": (1.0,)}
+PARAMETERS = {"swish": (1.0,), "leaky_relu": (0.01,)}
 
 # What papers and model files write. Each operation is a kernel and saves what its gradient needs.
 NAIVE = {
     "mish": lambda x: x * torch.tanh(torch.nn.functional.softplus(x)),
     "swish": lambda x: x * torch.sigmoid(x),
     "relu6": lambda x: x.clamp(min=0).clamp(max=6),
+    "sigmoid": lambda x: 1 / (1 + torch.exp(-x)),
+    "leaky_relu": lambda x: torch.where(x > 0, x, 0.01 * x),
+    "selu": lambda x: SCALE * torch.where(x > 0, x, ALPHA * (torch.exp(x) - 1)),
 }
 
 
@@ -38,6 +47,11 @@ ATEN_OUT = {
     "mish": torch.ops.aten.mish.out,
     "swish": lambda x, beta, out: torch.ops.aten.silu.out(x, out=out),
     "relu6": lambda x, out: torch.ops.aten.hardtanh.out(x, 0.0, 6.0, out=out),
+    "sigmoid": torch.ops.aten.sigmoid.out,
+    "tanh": torch.ops.aten.tanh.out,
+    "relu": torch.ops.aten.relu.out,
+    "leaky_relu": torch.ops.aten.leaky_relu.out,
+    "selu": lambda x, out: torch.ops.aten.elu.out(x, ALPHA, SCALE, out=out),
 }
 
 # FlagGems' ops, forward and backward, under the names that its releases give them, if they do.
@@ -97,6 +111,25 @@ class Provider:
         if self.compiles:
             torch.compiler.reset()
         return self.compile(function)
+
+
+def activation_by_name(name: str) -> Activation:
+    try:
+        return next(activation for activation in ACTIVATIONS if activation.name == name)
+    except StopIteration:
+        names = ", ".join(activation.name for activation in ACTIVATIONS)
+        raise argparse.ArgumentTypeError(f"expected one of {names}, got {name!r}") from None
+
+
+def add_activations_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--activations",
+        type=activation_by_name,
+        nargs="+",
+        metavar="NAME",
+        default=FEATURED,
+        help=f"default: {', '.join(activation.name for activation in FEATURED)}",
+    )
 
 
 def parameters(activation: Activation) -> tuple[float, ...]:

@@ -63,8 +63,8 @@ TORCH_FUNCTIONS = {
     "mish": F.mish,
     "relu6": F.relu6,
     "swish": torch_swish,
-    "sigmoid": lambda x, inplace=False: x.sigmoid_() if inplace else x.sigmoid(),
-    "tanh": lambda x, inplace=False: x.tanh_() if inplace else x.tanh(),
+    "sigmoid": lambda x, inplace=False: torch.sigmoid_(x) if inplace else torch.sigmoid(x),
+    "tanh": lambda x, inplace=False: torch.tanh_(x) if inplace else torch.tanh(x),
     "relu": F.relu,
     "leaky_relu": F.leaky_relu,
     "selu": F.selu,
@@ -91,6 +91,7 @@ def cases(parameters_by_name: dict[str, list[tuple[float, ...]]]) -> list[Case]:
 
 CASES = [case for case in cases(PARAMETERS) if case.name in REPRESENTATIVES]
 ACCURACY_CASES = cases(ACCURACY_PARAMETERS)
+OF_OUTPUT = [case for case in ACCURACY_CASES if case.activation.saves_inplace == "y"]
 
 # On a machine without a GPU the Triton kernels run in the interpreter, in a process of their own.
 BACKENDS = [

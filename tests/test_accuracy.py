@@ -10,7 +10,7 @@ import torch
 
 from benchmarks import oracle
 from tests import accuracy
-from tests.cases import ACCURACY_CASES, PARAMETERS, all_accuracy_cases, all_dtypes, cases
+from tests.cases import ACCURACY_CASES, OF_OUTPUT, PARAMETERS, all_accuracy_cases, all_dtypes, cases
 from tests.host_kernels import COMPILER
 
 KINDS = ("forward", "derivative")
@@ -127,9 +127,6 @@ def test_the_mean_error_is_near_torchs(case, host_of):
         for where, region in ours.regions.items():
             if region.count > 100:
                 assert region.mean <= 1.25 * torchs.regions[where].mean, where
-
-
-OF_OUTPUT = [case for case in ACCURACY_CASES if case.activation.saves_inplace == "y"]
 
 
 @pytest.mark.parametrize("case", OF_OUTPUT, ids=str)

@@ -12,10 +12,10 @@ from benchmarks import oracle
 from fused_act import backends
 from tests import accuracy
 from tests.cases import (
-    ACCURACY_CASES,
     CASES,
     DEVICE,
     INTERPRET,
+    OF_OUTPUT,
     all_accuracy_cases,
     all_backends,
     all_dtypes,
@@ -23,7 +23,6 @@ from tests.cases import (
 )
 
 KINDS = ("forward", "derivative")
-OF_OUTPUT = [case for case in ACCURACY_CASES if case.activation.saves_inplace == "y"]
 
 
 @pytest.fixture(autouse=True)

@@ -142,6 +142,13 @@ def test_a_provider_that_does_not_import_is_one_line(monkeypatch, tmp_path, caps
     assert "without flag_gems: RuntimeError: no driver\n" in capsys.readouterr().out
 
 
+def gradient(activation, grad_output, x):
+    """What torch's own op makes of `grad_output`."""
+    x = x.clone().requires_grad_()
+    y = activation.torch_forward(x, *providers.parameters(activation), inplace=False)
+    return torch.autograd.grad(y, x, grad_output)[0]
+
+
 def test_flag_gems_is_timed_where_it_has_the_op(monkeypatch):
     gems = types.SimpleNamespace(
         silu=torch.nn.functional.silu,
@@ -162,7 +169,7 @@ def test_flag_gems_is_timed_where_it_has_the_op(monkeypatch):
             if direction == "forward":
                 expected = activation.torch_forward(x, *parameters, inplace=False)
             else:
-                expected = activation.torch_backward(grad_output, x, *parameters)
+                expected = gradient(activation, grad_output, x)
             assert torch.equal(call(), expected)
     assert offered == {"swish forward", "swish backward", "relu6 forward"}
 
@@ -330,7 +337,7 @@ def test_kernels_and_public_functions_compute_what_they_are_timed_for(activation
     x, grad_output = torch.randn(2, 64)
     parameters = providers.parameters(activation)
     y = activation.torch_forward(x, *parameters, inplace=False)
-    grad_input = activation.torch_backward(grad_output, x, *parameters)
+    grad_input = gradient(activation, grad_output, x)
     kernels = providers.aten_kernels(activation)
     calls = {
         direction: compare_speed.kernel_call(kernels, parameters, direction, x, grad_output)
@@ -433,7 +440,7 @@ def test_the_script_says_what_it_compared(monkeypatch, compare, tmp_path, capsys
     assert compare(*ALL_EAGER) == 0
     rows = read(tmp_path / "speed.csv")
     assert {row["provider"] for row in rows} == {"copy", "aten", "naive", "fallback"}
-    assert {row["activation"] for row in rows} == {activation.name for activation in ACTIVATIONS}
+    assert {row["activation"] for row in rows} == {"mish", "swish", "relu6"}
     assert all(float(row["median"]) > 0 for row in rows)
     output = capsys.readouterr().out
     for text in ("NO GPU", compare_speed.BYTES, "relu6 inference fp32 2^10", "slower in"):

@@ -209,7 +209,7 @@ def relu_gradient(grad_output, passes):
 
 @triton.jit
 def leaky_relu_forward(x, negative_slope, LOW: tl.constexpr):
-    return tl.where(x > 0.0, x, x * negative_slope)
+    return x * tl.where(x > 0.0, 1.0, negative_slope)
 
 
 @triton.jit
@@ -219,7 +219,7 @@ def leaky_relu_passes(x):
 
 @triton.jit
 def leaky_relu_gradient(grad_output, passes, negative_slope):
-    return tl.where(passes, grad_output, grad_output * negative_slope)
+    return grad_output * tl.where(passes, 1.0, negative_slope)
 
 
 @triton.jit
