@@ -17,34 +17,39 @@ from torch import nn
 
 import fused_act
 from fused_act import activation
-from fused_act.activations import MISH, RELU6, SWISH
+from fused_act.activations import ACTIVATIONS, MISH, RELU6, SWISH
 from fused_act.backends import get
 from tests.cases import all_cases
 
+# Ours, torch's, and how both are made.
 MODULES = [
-    (fused_act.Mish, nn.Mish, {}),
-    (fused_act.SiLU, nn.SiLU, {}),
-    (fused_act.ReLU6, nn.ReLU6, {}),
+    *(
+        (getattr(fused_act, name), getattr(nn, name), {"inplace": inplace})
+        for name in ("Mish", "SiLU", "ReLU6", "ReLU", "SELU", "LeakyReLU")
+        for inplace in (False, True)
+    ),
+    (fused_act.LeakyReLU, nn.LeakyReLU, {"negative_slope": 0.3}),
+    (fused_act.Sigmoid, nn.Sigmoid, {}),
+    (fused_act.Tanh, nn.Tanh, {}),
 ]
-all_modules = pytest.mark.parametrize(
-    ("fused", "original", "state"), MODULES, ids=lambda value: getattr(value, "__name__", "")
-)
 
 
-@all_modules
-@pytest.mark.parametrize("inplace", [False, True])
-def test_module_is_a_drop_in(fused, original, state, inplace):
-    module, reference = fused(inplace=inplace), original(inplace=inplace)
+@pytest.mark.parametrize(("fused", "original", "options"), MODULES)
+def test_module_is_a_drop_in(fused, original, options):
+    module, reference = fused(**options), original(**options)
     assert isinstance(module, original)
     assert repr(module) == repr(reference)
-    assert module.state_dict() == state
+    assert module.state_dict() == {}
     x = torch.randn(3, 5)
     assert torch.equal(module(x.clone()), reference(x.clone()))
     restored = pickle.loads(pickle.dumps(module))
     assert type(restored) is fused
-    assert restored.inplace is inplace
+    assert vars(restored).keys() == vars(reference).keys()
+    assert torch.equal(restored(x.clone()), reference(x.clone()))
     written = x.clone()
-    assert (module(written) is written) is inplace
+    assert (module(written) is written) is options.get("inplace", False)
+    assert type(fused_act.replace_activations(reference)) is fused
+    assert type(fused_act.restore_activations(reference)) is original
 
 
 def test_swish_module():
@@ -79,6 +84,26 @@ def test_beta_must_be_a_float_that_fp32_takes(beta, error):
         fused_act.Swish(beta)
 
 
+@pytest.mark.parametrize(
+    ("slope", "error", "got"),
+    [
+        (float("nan"), ValueError, "nan"),
+        (-float("inf"), ValueError, "-inf"),
+        (1e39, ValueError, "1e"),
+        ("0.1", TypeError, "str"),
+        (None, TypeError, "NoneType"),
+    ],
+)
+def test_slope_must_be_a_finite_float(slope, error, got):
+    x = torch.randn(3)
+    message = f"leaky_relu: expected negative_slope .*got {got}"
+    with pytest.raises(error, match=message):
+        fused_act.leaky_relu(x, slope)
+    with pytest.raises(error, match=message):
+        fused_act.LeakyReLU(slope)
+    assert torch.equal(fused_act.leaky_relu(x, -2), torch.nn.functional.leaky_relu(x, -2))
+
+
 @all_cases
 def test_function_applies_on_cpu(case):
     Function = case.activation.Function
@@ -96,6 +121,8 @@ def test_public_functions():
     assert fused_act.MishFunction is MISH.Function
     assert fused_act.SwishFunction is SWISH.Function
     assert fused_act.ReLU6Function is RELU6.Function
+    functions = {value for name, value in vars(fused_act).items() if name.endswith("Function")}
+    assert functions >= {activation.Function for activation in ACTIVATIONS}
     for name in fused_act.__all__:
         assert getattr(fused_act, name).__doc__, name
 

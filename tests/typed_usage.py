@@ -12,6 +12,11 @@ outputs: list[Tensor] = [
     fused_act.silu(x, inplace=False),
     fused_act.swish(x, beta=1.702),
     fused_act.relu6(x),
+    fused_act.sigmoid(x),
+    fused_act.tanh(x, inplace=False),
+    fused_act.relu(x),
+    fused_act.leaky_relu(x, negative_slope=0.2),
+    fused_act.selu(x),
     fused_act.MishFunction.apply(x),
     fused_act.SwishFunction.apply(x, 1.702),
     fused_act.ReLU6Function.apply(x),
@@ -23,6 +28,11 @@ modules: list[nn.Module] = [
     fused_act.Mish(inplace=True),
     fused_act.SiLU(),
     fused_act.ReLU6(),
+    fused_act.Sigmoid(),
+    fused_act.Tanh(),
+    fused_act.ReLU(inplace=True),
+    fused_act.LeakyReLU(0.2, inplace=True),
+    fused_act.SELU(),
     fused_act.Swish(beta=1.702, inplace=True),
 ]
 beta: float = fused_act.Swish().beta
