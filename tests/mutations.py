@@ -1,7 +1,8 @@
 """Seeded bugs, and whether the tests that guard against each of them catch it.
 
     python -m tests.mutations                  all (`make mutate`), and writes tests/mutations.md
-    python -m tests.mutations cuda-tail-bits   this one, with what pytest says
+    python -m tests.mutations cuda-tail-bits   this one, with what pytest says; the others stay as
+                                               the table has them
 
 Every bug is one replacement in one file, made in a copy of the tree, and only its guards run. They
 run without it first: a guard that fails anyway, or that runs no test, proves nothing. A bug is
@@ -191,16 +192,16 @@ MUTATIONS = [
         "cuda-mask-bits-reversed",
         "a full tile's mask has its first element in the last bit",
         "csrc/elementwise.cuh",
-        "!= 0.0f, bits, 1u << j)",
-        "!= 0.0f, bits, 1u << (7 - j))",
+        "[i + j]), bits, 1u << j)",
+        "[i + j]), bits, 1u << (7 - j))",
         plain("test_host_kernels.py -k bulk_tail"),
     ),
     Mutation(
         "cuda-tail-bits",
         "the last tile's mask is off by one bit",
         "csrc/elementwise.cuh",
-        "activation.derivative(value) != 0.0f ? 1u << i : 0u",
-        "activation.derivative(value) != 0.0f ? 2u << i : 0u",
+        "activation.passes(value) ? 1u << i : 0u",
+        "activation.passes(value) ? 2u << i : 0u",
         plain("test_host_kernels.py -k bulk_tail"),
     ),
     Mutation(
@@ -294,10 +295,29 @@ MUTATIONS = [
     Mutation(
         "cuda-masked-product",
         "an infinite gradient that does not pass becomes NaN",
-        "csrc/elementwise.cuh",
-        "results[i] = bits[run] >> i & 1 ? grads[run][i] : 0.0f;",
-        "results[i] = grads[run][i] * static_cast<float>(bits[run] >> i & 1);",
+        "csrc/activations.cuh",
+        "  // Not a product: a gradient of inf or NaN that does not pass leaves 0.\n"
+        "  __host__ __device__ float gradient(float grad_output, bool passes) const {\n"
+        "    return passes ? grad_output : 0.0f;",
+        "  __host__ __device__ float gradient(float grad_output, bool passes) const {\n"
+        "    return grad_output * static_cast<float>(passes);",
         plain("test_host_kernels.py -k does_not_pass"),
+    ),
+    Mutation(
+        "cuda-tanh-near",
+        "tanh near 0 comes from 1 - 2 / (e^2x + 1), which cancels",
+        "csrc/activations.cuh",
+        "near = 0.55f;",
+        "near = 0.15f;",
+        plain("test_accuracy.py -k 'functors and tanh'"),
+    ),
+    Mutation(
+        "cuda-selu-output-cancels",
+        "SELU's derivative from a rounded output near -scale alpha is off",
+        "csrc/activations.cuh",
+        "(y + kScaleAlpha) + kScaleAlphaLow",
+        "y + kScaleAlpha",
+        plain("test_accuracy.py -k functors_of_the_output"),
     ),
     Mutation(
         "cuda-last-block-missing",
@@ -336,9 +356,9 @@ MUTATIONS = [
         "cuda-no-device-guard",
         "backward launches on whichever device is current",
         "csrc/ops.cu",
-        "    check_match(grad_output, input);\n"
-        "    const DeviceGuard guard(input.get_device_index());\n",
-        "    check_match(grad_output, input);\n",
+        "    check_match(grad_output, saved);\n"
+        "    const DeviceGuard guard(saved.get_device_index());\n",
+        "    check_match(grad_output, saved);\n",
         plain("test_extension.py -k guards_its_device"),
     ),
     Mutation(
@@ -469,10 +489,28 @@ MUTATIONS = [
     Mutation(
         "triton-masked-product",
         "an infinite gradient that does not pass becomes NaN",
-        "fused_act/backends/triton_kernels.py",
-        "tl.where(tl.reshape(bits, (BLOCK_SIZE,)) != 0, grad_output, 0.0)",
-        "grad_output * tl.reshape(bits, (BLOCK_SIZE,))",
+        "fused_act/backends/triton_activations.py",
+        "    # Not a product: a gradient of inf or NaN that does not pass leaves 0.\n"
+        "    return tl.where(passes, grad_output, 0.0)",
+        "    return grad_output * passes",
         interpreted("test_kernels.py -k does_not_pass"),
+    ),
+    Mutation(
+        "triton-sigmoid-tail",
+        "sigmoid flushes bf16 below e^-87 to 0",
+        "fused_act/backends/triton_activations.py",
+        "        e = exp2_approx(x * -LOG2E - 32.0)\n"
+        "        return reciprocal_approx(e + 1.0 / TWO_32) * (1.0 / TWO_32)\n",
+        "        return reciprocal_approx(exp2_approx(x * -LOG2E) + 1.0)\n",
+        interpreted("test_accuracy_kernels.py -k 'every_16 and sigmoid'"),
+    ),
+    Mutation(
+        "triton-leaky-slope",
+        "LeakyReLU's gradient does not pass where it is to be scaled",
+        "fused_act/backends/triton_activations.py",
+        "    return grad_output * tl.where(passes, 1.0, negative_slope)",
+        "    return grad_output * tl.where(passes, 1.0, 0.0)",
+        interpreted("test_kernels.py -k 'test_inplace and leaky'"),
     ),
     Mutation(
         "triton-no-register-ceiling",
@@ -544,7 +582,7 @@ MUTATIONS = [
         "triton-shapes-unchecked",
         "in inference mode, below Autograd, backward reads behind a smaller input",
         "fused_act/backends/triton_kernels.py",
-        '        ops.check(f"{name}_backward", grad_output, x)\n',
+        "        ops.check(op, grad_output, saved)\n",
         "",
         interpreted("test_kernels.py -k raw_backward_checks"),
     ),
@@ -650,9 +688,18 @@ MUTATIONS = [
         "inplace-saves-result",
         "backward gets the overwritten input",
         "fused_act/activation.py",
-        "source = x if activation.saves_mask else x.clone()",
+        'source = x.clone() if activation.saves_inplace == "x" else x',
         "source = x",
         interpreted("test_kernels.py -k 'test_inplace and mish'"),
+    ),
+    Mutation(
+        "selu-inplace-from-input",
+        "SELU in place takes the output that it saved for the input",
+        "fused_act/activation.py",
+        "        return call(kernels.backward_from_output, grad_output, saved, *parameters)",
+        "        backward = kernels.backward or kernels.backward_from_output\n"
+        "        return call(backward, grad_output, saved, *parameters)",
+        interpreted("test_kernels.py -k 'test_inplace and selu'"),
     ),
     Mutation(
         "compiled-inplace-saves-result",
@@ -690,8 +737,8 @@ MUTATIONS = [
         "relu6-second-derivative-missing",
         "the second derivative of relu6 is not 0 but missing",
         "fused_act/activation.py",
-        "torch.where(passes, grad_output, 0) + anchor[0].sum()",
-        "torch.where(passes, grad_output, 0)",
+        "activation.torch_backward(grad_output, x, *parameters) + anchor[0].sum()",
+        "activation.torch_backward(grad_output, x, *parameters)",
         interpreted("test_kernels.py -k second_derivative"),
     ),
     Mutation(
@@ -763,15 +810,15 @@ MUTATIONS = [
         "fake-forward-contiguous",
         "the fake forgets the strides of x",
         "fused_act/ops.py",
-        '"forward": lambda x, *parameters: torch.empty_like(x),',
-        '"forward": lambda x, *parameters: x.new_empty(x.shape),',
+        "    def forward(x, *parameters):\n        return torch.empty_like(x)\n",
+        "    def forward(x, *parameters):\n        return x.new_empty(x.shape)\n",
         interpreted("test_kernels.py -k 'opcheck and mish'"),
     ),
     Mutation(
         "fake-backward-stride",
         "the fake gives grad_input the strides of grad_output",
         "fused_act/ops.py",
-        "        stride = parameters[-1]\n"
+        "        *_, stride = parameters_and_stride\n"
         "        return torch.empty_strided(\n"
         "            grad_output.shape, stride, dtype=grad_output.dtype, "
         "device=grad_output.device\n        )\n",
@@ -945,8 +992,8 @@ MUTATIONS = [
     Mutation(
         "swish-true-is-a-beta",
         "swish(x, True), which meant inplace, takes True for beta",
-        "fused_act/activations/swish.py",
-        " or isinstance(beta, bool)",
+        "fused_act/activation.py",
+        " or isinstance(value, bool)",
         "",
         plain("test_api.py -k beta_must_be"),
     ),
@@ -987,8 +1034,8 @@ MUTATIONS = [
         "mask-recomputed",
         "rematerialize: what ReLU6's kernel saved, a mask, is taken for its input",
         "fused_act/rematerialization.py",
-        " or node.kernels.forward_with_mask is not None:",
-        ":",
+        "        if node.kernels.forward_with_mask is not None:\n            return None\n",
+        "",
         interpreted("test_rematerialization.py -k relu6_kernels"),
     ),
     Mutation(
@@ -1124,16 +1171,22 @@ def on_every_tree(trees: queue.Queue, work: Callable, items: Iterable, what: str
             raise
 
 
-def table(results: dict[Mutation, Result]) -> str:
+def written() -> dict[str, list[str]]:
+    """The rows of the committed table, by name."""
+    lines = [line for line in TABLE.read_text().splitlines() if line.startswith("| ")]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines[1:]]
+    return {row[0]: row for row in rows}
+
+
+def table(results: dict[Mutation, Result], rows: dict[str, list[str]]) -> str:
+    """The table of `results`; what they leave out is as `rows` have it."""
     from tabulate import tabulate
 
-    rows = []
-    for mutation in MUTATIONS:
-        if mutation in results:
-            result = results[mutation]
-            verdict = f"`{result.caught_by}`" if result.caught_by else f"**{result.why_not}**"
-            rows.append((mutation.name, f"`{mutation.file}`", mutation.bug, verdict))
-    return tabulate(rows, ("name", "file", "bug", "caught first by"), "github")
+    for mutation, result in results.items():
+        verdict = f"`{result.caught_by}`" if result.caught_by else f"**{result.why_not}**"
+        rows[mutation.name] = [mutation.name, f"`{mutation.file}`", mutation.bug, verdict]
+    ordered = [rows[mutation.name] for mutation in MUTATIONS if mutation.name in rows]
+    return tabulate(ordered, ("name", "file", "bug", "caught first by"), "github")
 
 
 def main() -> int:
@@ -1167,9 +1220,8 @@ def main() -> int:
             results[mutation] = Result(why_not=f"needs {mutation.guard.lacks()}")
     if arguments.names:
         print(*(results[mutation].output for mutation in chosen), sep="\n")
-    print(table(results))
-    if not arguments.names:
-        TABLE.write_text(HEADER + table(results) + "\n")
+    print(table(results, {}))
+    TABLE.write_text(HEADER + table(results, written()) + "\n")
     survivors = [mutation.name for mutation in runnable if not results[mutation].caught_by]
     caught = f"{len(runnable) - len(survivors)} of {len(runnable)} seeded bugs caught"
     lacking = collections.Counter(mutation.guard.lacks() for mutation in chosen)

@@ -5,7 +5,7 @@
 
 import pytest
 
-from tests.mutations import MUTATIONS, ROOT, TABLE
+from tests.mutations import MUTATIONS, ROOT, written
 
 
 @pytest.mark.parametrize("mutation", MUTATIONS, ids=lambda mutation: mutation.name)
@@ -15,10 +15,10 @@ def test_a_bug_is_one_replacement(mutation):
 
 
 def test_results_are_of_this_table():
-    lines = [line for line in TABLE.read_text().splitlines() if line.startswith("| ")]
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines[1:]]
-    names = [row[0] for row in rows]
-    assert names == [mutation.name for mutation in MUTATIONS]
+    rows, names = written(), [mutation.name for mutation in MUTATIONS]
+    assert list(rows) == names
     assert len(set(names)) == len(names)
-    uncaught = {row[0] for row in rows if row[-1].startswith("**")}
+    for mutation in MUTATIONS:
+        assert rows[mutation.name][1:3] == [f"`{mutation.file}`", mutation.bug]
+    uncaught = {name for name, row in rows.items() if row[-1].startswith("**")}
     assert uncaught <= {mutation.name for mutation in MUTATIONS if mutation.guard.gpu}
