@@ -23,7 +23,9 @@ CSRC := $(wildcard csrc/*)
 # What takes long and matters most comes first, and the pictures last. compare_instructions is run by
 # hand: it takes minutes to compile, and says the same everywhere.
 COMPARISONS := compare_speed $(filter-out compare_speed compare_instructions, \
-	$(basename $(notdir $(wildcard benchmarks/compare_*.py)))) plot_results
+	$(basename $(notdir $(wildcard benchmarks/compare_*.py)))) plot_results plot_activations
+# A GPU is borrowed for minutes, and small networks on small images do not need one.
+GPU_COMPARISONS := $(filter-out compare_training,$(COMPARISONS))
 # What runs the Triton kernels in the interpreter, in a process of its own.
 INTERPRETED := $(addprefix tests/test_,$(addsuffix .py,accuracy_kernels autograd benchmarks faults kernels layouts properties rematerialization))
 
@@ -49,16 +51,17 @@ lint: $(VENV)/test
 	$(RUN) -m ruff format --check .
 	$(VENV)/bin/clang-format --dry-run --Werror csrc/* tests/*.cpp
 
-# $(1): Python, $(2): options. One that fails keeps none of the others from running; Ctrl-C does.
+# $(1): scripts, $(2): Python, $(3): options. One that fails keeps none of the others from running;
+# Ctrl-C does.
 define compare
-	@status=0; for script in $(COMPARISONS); do \
-		echo "python -m benchmarks.$$script $(2)"; \
-		$(1) -m benchmarks.$$script $(2) || { [ $$? = 130 ] && exit 130; status=1; }; \
+	@status=0; for script in $(1); do \
+		echo "python -m benchmarks.$$script $(3)"; \
+		$(2) -m benchmarks.$$script $(3) || { [ $$? = 130 ] && exit 130; status=1; }; \
 	done; exit $$status
 endef
 
 bench: $(VENV)/demo
-	$(call compare,$(RUN))
+	$(call compare,$(COMPARISONS),$(RUN))
 
 # Installs nothing: it takes the torch of PYTHON and builds the extension in place.
 gpu:
@@ -66,7 +69,7 @@ gpu:
 	$(PYTHON) setup.py -q build_ext --inplace
 	$(PYTHON) -m pytest -m gpu
 	$(PYTHON) -m pytest tests/test_faults.py -m "not gpu"
-	$(call compare,$(PYTHON),--results $(RESULTS))
+	$(call compare,$(GPU_COMPARISONS),$(PYTHON),--results $(RESULTS))
 	@echo "make gpu: passed; results and pictures are in $(RESULTS)"
 
 # Like gpu, it installs nothing. Without the caching allocator, each tensor has bounds to watch.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import OrderedDict
 from collections.abc import Callable
 
@@ -13,7 +14,8 @@ class InvertedResidual(nn.Module):
     """MobileNetV2's block: expand, filter each channel, project (Sandler et al., arXiv:1801.04381).
 
     The activations sit where the tensors are widest, so that what they save for backward counts;
-    the projection has none, as it would lose information in the narrow layer.
+    the projection has none, as it would lose information in the narrow layer. Before an activation
+    that makes two channels of one there are half of the filters.
     """
 
     def __init__(
@@ -23,19 +25,21 @@ class InvertedResidual(nn.Module):
         stride: int,
         expansion: int,
         activation: Callable[[], nn.Module],
+        widens: int = 1,
     ):
         super().__init__()
         channels = expansion * in_channels
+        filters = channels // widens
         self.is_residual = stride == 1 and in_channels == out_channels
         self.layers = nn.Sequential(
             OrderedDict(
-                expand=nn.Conv2d(in_channels, channels, 1, bias=False),
-                expand_norm=nn.BatchNorm2d(channels),
+                expand=nn.Conv2d(in_channels, filters, 1, bias=False),
+                expand_norm=nn.BatchNorm2d(filters),
                 expand_activation=activation(),
                 depthwise=nn.Conv2d(
-                    channels, channels, 3, stride, padding=1, groups=channels, bias=False
+                    channels, filters, 3, stride, padding=1, groups=filters, bias=False
                 ),
-                depthwise_norm=nn.BatchNorm2d(channels),
+                depthwise_norm=nn.BatchNorm2d(filters),
                 depthwise_activation=activation(),
                 project=nn.Conv2d(channels, out_channels, 1, bias=False),
                 project_norm=nn.BatchNorm2d(out_channels),
@@ -46,19 +50,21 @@ class InvertedResidual(nn.Module):
         return x + self.layers(x) if self.is_residual else self.layers(x)
 
 
-def digits_network(activation: Callable[[], nn.Module]) -> nn.Sequential:
+def digits_network(activation: Callable[[], nn.Module], widens: int = 1) -> nn.Sequential:
     """A MobileNetV2 of three blocks for one-channel images of the ten digits.
 
     Args:
         activation: makes each of its activations; the class of one will do.
+        widens: the channels that it makes of one: 2 for CReLU.
     """
+    block = functools.partial(InvertedResidual, expansion=4, activation=activation, widens=widens)
     return nn.Sequential(
-        nn.Conv2d(1, 16, 3, padding=1, bias=False),
-        nn.BatchNorm2d(16),
+        nn.Conv2d(1, 16 // widens, 3, padding=1, bias=False),
+        nn.BatchNorm2d(16 // widens),
         activation(),
-        InvertedResidual(16, 24, stride=2, expansion=4, activation=activation),
-        InvertedResidual(24, 24, stride=1, expansion=4, activation=activation),
-        InvertedResidual(24, 32, stride=2, expansion=4, activation=activation),
+        block(16, 24, stride=2),
+        block(24, 24, stride=1),
+        block(24, 32, stride=2),
         nn.AdaptiveAvgPool2d(1),
         nn.Flatten(),
         nn.Linear(32, 10),

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import csv
 import math
+import re
+import statistics
 from pathlib import Path
 
 from fused_act.activations import ACTIVATIONS
@@ -188,7 +190,67 @@ def errors() -> str:
     return tabulate(lines, header, "github", disable_numparse=True)
 
 
+def family() -> str:
+    """What each activation is like, and what it costs."""
+    from tabulate import tabulate
+
+    def pair(row: dict, prefix: str) -> str:
+        cells = [row[f"{prefix}_{direction}"] for direction in ("forward", "backward")]
+        return " / ".join(f"{float(cell):.4g}" for cell in cells)
+
+    def paper(text: str) -> str:
+        return re.sub(r"^(.*), arXiv:(\S+)$", r"[\1](https://arxiv.org/abs/\2)", text)
+
+    lines = [
+        (
+            row["activation"],
+            row["kinks"].replace(" ", ", "),
+            row["range"],
+            row["monotonic"],
+            row["mean_output"],
+            row["saturates"],
+            f"{pair(row, 'triton')}, {pair(row, 'cuda')}",
+            pair(row, "moved"),
+            f"{float(row['saved']):g}",
+            f"{float(row['time_torch']):.1f}",
+            paper(row["paper"]),
+        )
+        for row in rows("cpu/activations.csv")
+    ]
+    header = (
+        *("", "kinks at", "range", "monotonic", "mean output", "saturates"),
+        *("instructions: Triton, CUDA", "bytes moved", "bytes saved", "time on a CPU", "paper"),
+    )
+    return tabulate(lines, header, "github", disable_numparse=True)
+
+
+def training() -> str:
+    """What each activation brings in training, and what it costs."""
+    from tabulate import tabulate
+
+    from benchmarks.compare_training import spread, summaries
+
+    measured = rows("cpu/training_by_activation.csv")
+    numbers = ("epoch", "loss", "accuracy", "ms", "saved_mb", "parameters")
+    found = summaries([row | {each: float(row[each]) for each in numbers} for row in measured])
+    lines = [
+        (
+            name,
+            f"{statistics.mean(each.accuracies):.2f} ± {spread(each.accuracies):.2f}",
+            f"{statistics.mean(each.losses):.5f} ± {spread(each.losses):.5f}",
+            f"{each.ms / found['ReLU6'].ms:.2f}",
+            f"{each.saved_mb:.2f}",
+            f"{each.parameters:,.0f}",
+        )
+        for name, each in found.items()
+    ]
+    header = ("", "test accuracy, %", "training loss", "time a step", "MB saved", "parameters")
+    return tabulate(lines, header, "github", disable_numparse=True)
+
+
 TABLES = {
+    "family": family,
+    "training": training,
     "accuracy": errors,
     "instructions": instructions,
     "memory": memory,

@@ -86,7 +86,7 @@ def test_unavailable_without_a_gpu_says_so():
 def test_every_op_guards_its_device():
     """A kernel launches on the current device; where one GPU is, nothing else shows it."""
     source = (ROOT / "csrc" / "ops.cu").read_text()
-    implementations = set(re.findall(r"TORCH_BOX\(&O::(\w+)\)", source))
+    implementations = set(re.findall(r"TORCH_BOX\(&O::(?:template )?(\w+)", source))
     assert implementations
     for name in implementations:
         body = re.search(rf"  static [^;{{}}]* {name}\(.*?\n  }}\n", source, re.DOTALL)[0]

@@ -1,0 +1,235 @@
+"""What each activation brings in training, and what it costs: one network, all of the family.
+
+    python -m benchmarks.compare_training [--epochs 20] [--seeds 3] [--activations Mish ReLU6]
+
+The network is the demo's, a MobileNetV2 of three blocks on the handwritten digits of scikit-learn;
+only its activation differs. With CReLU, which makes two channels of one, the convolutions before it
+have half of the filters (Shang et al., arXiv:1603.05201). All networks of a seed start from the
+same state of the random generator, see the same batches, and take turns at every step, in an order
+that is drawn anew: what slows the machine slows all of them alike.
+
+Writes training_by_activation.csv, one row for each epoch, and training_by_activation.png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import statistics
+from collections import defaultdict
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from benchmarks import environment
+from benchmarks.family import BLUE, BY_NAME, FAMILY, Member
+from benchmarks.networks import digits_network
+
+try:
+    import numpy as np
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    from benchmarks.training import BATCH_SIZE, Digits, Training, saved_megabytes
+except ImportError as error:
+    environment.refuse(f"compare_training needs scikit-learn and matplotlib: {error}")
+
+QUESTION = ("Mish", "ReLU6")  # the first instead of the second
+
+
+def network_of(member: Member, seed: int, device: torch.device) -> torch.nn.Module:
+    torch.manual_seed(seed)
+    network = digits_network(member.module, member.widens)
+    return network.to(device, memory_format=torch.channels_last)
+
+
+def train(members: list[Member], seed: int, epochs: int, digits: Digits) -> Iterator[dict]:
+    """Train all networks of one seed, and give a row for each and each epoch."""
+    steps = epochs * digits.steps_per_epoch
+    batch = digits.train_images[:BATCH_SIZE], digits.train_labels[:BATCH_SIZE]
+    runs = {member: Training(network_of(member, seed, digits.device), steps) for member in members}
+    saved = {
+        member: saved_megabytes(network_of(member, seed, digits.device), *batch)
+        for member in members
+    }
+    batches, order = torch.Generator().manual_seed(seed), random.Random(seed)
+    for epoch in range(epochs):
+        for images, labels in digits.batches(batches):
+            for member in order.sample(members, len(members)):
+                runs[member].step(images, labels)
+        for member, run in runs.items():
+            run.evaluate(digits.test_images, digits.test_labels)
+            yield {
+                "activation": member.name,
+                "seed": seed,
+                "epoch": epoch + 1,
+                "loss": float(run.epoch_losses()[-1]),
+                "accuracy": run.accuracies[-1],
+                "ms": statistics.median(run.milliseconds[-digits.steps_per_epoch :]),
+                "saved_mb": saved[member],
+                "parameters": sum(each.numel() for each in run.network.parameters()),
+                "error": "",
+            }
+
+
+class Summary:
+    """The last epochs of one activation, over the seeds."""
+
+    def __init__(self, rows: list[dict]):
+        last = max(row["epoch"] for row in rows)
+        self.accuracies = [row["accuracy"] for row in rows if row["epoch"] == last]
+        self.losses = [row["loss"] for row in rows if row["epoch"] == last]
+        self.ms = statistics.median(row["ms"] for row in rows)
+        self.saved_mb, self.parameters = rows[0]["saved_mb"], rows[0]["parameters"]
+
+
+def summaries(rows: list[dict]) -> dict[str, Summary]:
+    by_name = defaultdict(list)
+    for row in rows:
+        by_name[row["activation"]].append(row)
+    return {name: Summary(found) for name, found in by_name.items()}
+
+
+def spread(values: list[float]) -> float:
+    """The standard deviation; 0 for a single value."""
+    return statistics.stdev(values) if len(values) > 1 else 0.0
+
+
+def print_results(found: dict[str, Summary]) -> None:
+    header = "", "accuracy, %", "± std", "loss", "± std", "ms a step", "MB saved", "parameters"
+    lines = [
+        (
+            name,
+            f"{statistics.mean(each.accuracies):.2f}",
+            f"{spread(each.accuracies):.2f}",
+            f"{statistics.mean(each.losses):.4f}",
+            f"{spread(each.losses):.4f}",
+            f"{each.ms:.2f}",
+            f"{each.saved_mb:.2f}",
+            f"{each.parameters:,}",
+        )
+        for name, each in found.items()
+    ]
+    print(f"\nTest accuracy and training loss of the last epoch, mean and spread of the seeds\n\n"
+          f"{environment.table(header, lines)}")  # fmt: skip
+
+
+def answer(found: dict[str, Summary]) -> str:
+    """Mish instead of ReLU6: what is gained, and what it costs."""
+    new, old = (found[name] for name in QUESTION)
+    gain = statistics.mean(new.accuracies) - statistics.mean(old.accuracies)
+    noise = max(spread(new.accuracies), spread(old.accuracies))
+    if len(new.accuracies) == 1:
+        verdict = "one seed says nothing of chance"
+    else:
+        verdict = f"{'within' if abs(gain) <= noise else 'beyond'} the spread of {noise:.2f}"
+    return (
+        f"compare_training: {QUESTION[0]} instead of {QUESTION[1]}: accuracy {gain:+.2f} points, "
+        f"{verdict}; training loss {statistics.mean(new.losses) / statistics.mean(old.losses):.2f} "
+        f"of it, time a step {new.ms / old.ms:.2f}, bytes saved {new.saved_mb / old.saved_mb:.2f}"
+    )
+
+
+def draw(path: Path, rows: list[dict]) -> None:
+    """The training loss, an activation a panel, before the mean of all the others."""
+    names = list(dict.fromkeys(row["activation"] for row in rows))
+    losses = {
+        name: np.array(
+            [
+                [row["loss"] for row in rows if (row["activation"], row["seed"]) == (name, seed)]
+                for seed in sorted({row["seed"] for row in rows})
+            ]
+        )
+        for name in names
+    }
+    epochs = np.arange(1, next(iter(losses.values())).shape[1] + 1)
+    found = summaries(rows)
+    columns = min(4, len(names))
+    lines = -(-len(names) // columns)
+    style = {"font.size": 9, "axes.titlesize": 9.5, "savefig.dpi": 200}
+    with rc_context(style):
+        figure = Figure(figsize=(2.2 * columns, 0.4 + 1.9 * lines), layout="constrained")
+        panels = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False)
+        for axes, name in zip(panels.flat, names):
+            for other in losses.values():
+                axes.plot(epochs, other.mean(0), color="0.85", linewidth=0.8)
+            axes.fill_between(
+                epochs, losses[name].min(0), losses[name].max(0), color=BLUE, alpha=0.2, linewidth=0
+            )
+            axes.plot(epochs, losses[name].mean(0), color=BLUE, linewidth=1.8)
+            axes.set(yscale="log")
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+            axes.set_title(f"{name}: {statistics.mean(found[name].accuracies):.1f} %")
+            axes.spines[["top", "right"]].set_visible(False)
+        for axes in panels.flat[len(names) :]:
+            axes.set_axis_off()
+        figure.supxlabel("epoch", fontsize=9)
+        figure.supylabel("training loss", fontsize=9)
+        figure.suptitle(
+            "Training loss: mean and range of the seeds, before the others; test accuracy",
+            fontsize=9.5,
+        )
+        figure.savefig(path)
+    print(f"{path}")
+
+
+def member_by_name(text: str) -> Member:
+    if text not in BY_NAME:
+        raise argparse.ArgumentTypeError(f"expected one of {', '.join(BY_NAME)}, got {text!r}")
+    return BY_NAME[text]
+
+
+def positive_int(text: str) -> int:
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"expected a positive whole number, got {text!r}")
+    return int(text)
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    environment.add_results_argument(parser)
+    parser.add_argument("--epochs", type=positive_int, default=20, metavar="N")
+    parser.add_argument("--seeds", type=positive_int, default=3, metavar="N")
+    parser.add_argument(
+        "--activations",
+        type=member_by_name,
+        nargs="+",
+        default=FAMILY,
+        metavar="NAME",
+        help="default: all",
+    )
+    return parser.parse_args()
+
+
+def main() -> list[dict]:
+    arguments = parse_arguments()
+    environment.print_environment()
+    device = environment.default_device()
+    if device.type == "cpu":
+        print("NO GPU: the modules call torch's own ops here; times and bytes are those.")
+    digits, members = Digits.load(device), list(dict.fromkeys(arguments.activations))
+    seeds = map(
+        partial(train, members, epochs=arguments.epochs, digits=digits), range(arguments.seeds)
+    )
+    total = len(members) * arguments.epochs * arguments.seeds
+    rows = environment.write_csv(
+        arguments.results / "training_by_activation.csv",
+        environment.progress((row for found in seeds for row in found), total),
+    )
+    found = summaries(rows)
+    print_results(found)
+    draw(arguments.results / "training_by_activation.png", rows)
+    if found.keys() >= set(QUESTION):
+        print(answer(found))
+    else:
+        print(f"compare_training: trained {', '.join(found)}")
+    return rows
+
+
+if __name__ == "__main__":
+    environment.run(main)
