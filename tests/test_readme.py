@@ -1,5 +1,6 @@
 """The Python blocks of the README run as they stand, and its tables are those of their sources."""
 
+import collections
 import re
 
 import pytest
@@ -57,7 +58,8 @@ def test_torch():
 def test_timm(timm):
     names = run("timm")
     assert classes_of_ours(names["model"]) == [fused_act.Mish] * 67
-    assert classes_of_ours(names["swapped"]) == [fused_act.SiLU] * 49
+    swapped = collections.Counter(classes_of_ours(names["swapped"]))
+    assert swapped == {fused_act.SiLU: 49, fused_act.Sigmoid: 16}
 
 
 @pytest.fixture
