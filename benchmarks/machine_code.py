@@ -27,14 +27,14 @@ from fused_act.activations import ACTIVATIONS
 TRITON_TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 CUDA_TYPES = {torch.float16: "c10::Half", torch.bfloat16: "c10::BFloat16", torch.float32: "float"}
 
-# ATen's names for them, in its C++: forward and backward.
+# ATen's names for them, in its C++: forward and backward. ReLU's backward is one of a template that
+# serves other ops, too, and left out.
 ATEN_KERNELS = {
     "mish": ("mish_kernel", "mish_backward_kernel"),
     "swish": ("silu_kernel", "silu_backward_kernel"),
     "relu6": ("launch_clamp_scalar", "hardtanh_backward_kernel"),
     "sigmoid": ("sigmoid_kernel_cuda", "sigmoid_backward_kernel_cuda"),
     "tanh": ("tanh_kernel_cuda", "tanh_backward_kernel_cuda"),
-    "relu": ("launch_clamp_scalar", "threshold_kernel_impl"),
     "leaky_relu": ("leaky_relu_kernel", "leaky_relu_backward_kernel"),
     "selu": ("elu_kernel", "elu_backward_kernel"),
 }
@@ -334,7 +334,8 @@ def aten_kernel(
     kernels: dict[str, Function], activation: Activation, direction: str, dtype: torch.dtype
 ) -> Kernel:
     """The kernel that ATen launches for aligned tensors, out of what `aten_kernels` found."""
-    lambda_of = dict(zip(("forward", "backward"), ATEN_KERNELS[activation.name]))[direction]
+    forward, backward = ATEN_KERNELS[activation.name]
+    lambda_of = forward if direction == "forward" else backward
     element = re.escape(CUDA_TYPES[dtype])
     # For 16 bytes, which makes no accesses but on sm_90 and sm_100; elsewhere ATen takes the other.
     for width in (16 // dtype.itemsize, 4):

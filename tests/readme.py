@@ -99,10 +99,12 @@ def instructions() -> str:
             if (row["activation"], row["provider"]) == (activation, provider)
         }
         # In training: if there is a kernel with a mask, it is that one.
-        return " / ".join(
-            f"{found.get(f'{direction} with mask', found.get(direction)):.1f}"
-            for direction in ("forward", "backward")
-        )
+        kernels = [
+            ("forward with mask", "forward"),
+            ("backward with mask", "backward", "backward from output"),
+        ]
+        counts = [next((found[one] for one in each if one in found), None) for each in kernels]
+        return " / ".join(f"{count:.1f}" for count in counts) if None not in counts else ""
 
     providers = {"ATen, torch 2.11": "aten", "Triton": "triton", "CUDA C++": "cuda"}
     lines = [
