@@ -1,6 +1,7 @@
 """Fused Mish, Swish (SiLU) and ReLU6 for PyTorch, in Triton and in CUDA C++."""
 
 from fused_act import ops  # noqa: F401 - defines torch.ops.fused_act_cuda and fused_act_triton
+from fused_act.activations.crelu import CReLU, CReLUFunction, crelu
 from fused_act.activations.leaky_relu import LeakyReLU, LeakyReLUFunction, leaky_relu
 from fused_act.activations.mish import Mish, MishFunction, mish
 from fused_act.activations.relu import ReLU, ReLUFunction, relu
@@ -16,6 +17,8 @@ from fused_act.version import __version__
 
 __all__ = [
     "SELU",
+    "CReLU",
+    "CReLUFunction",
     "LeakyReLU",
     "LeakyReLUFunction",
     "Mish",
@@ -34,6 +37,7 @@ __all__ = [
     "TanhFunction",
     "__version__",
     "available_backends",
+    "crelu",
     "leaky_relu",
     "mish",
     "relu",

@@ -193,7 +193,7 @@ def make_function(activation: Activation) -> type[KernelFunction]:
             ctx.save_for_backward(y if activation.saves == "y" else x)
             return y
         y, mask = call(kernels.forward_with_mask, x, *parameters)
-        return save_mask(ctx, y, y.stride(), mask)
+        return save_mask(ctx, y, y.shape, y.stride(), mask)
 
     def backward(ctx, grad_output, grad_anchor=None):
         grad = grad_input(activation, activation.saves, ctx, grad_output)
@@ -219,9 +219,7 @@ def make_inplace_function(activation: Activation) -> type[KernelFunction]:
             call(kernels.forward_out, source, *parameters, out=x)
             return x
         mask = call(kernels.forward_with_mask_out, x, *parameters, out=x)
-        # The mask of a tensor with gaps is in the order of its dense copy.
-        dense = x if x.is_contiguous() else torch.empty_like(x, device="meta")
-        return save_mask(ctx, x, dense.stride(), mask)
+        return save_mask(ctx, x, x.shape, dense_stride(x), mask)
 
     def backward(ctx, grad_output, grad_anchor=None):
         grad = grad_input(activation, saves, ctx, grad_output)
@@ -244,20 +242,26 @@ def function_class(
     return type(KernelFunction)(f"{name}{kind}", (KernelFunction,), members)
 
 
+def dense_stride(x: Tensor) -> tuple[int, ...]:
+    """The stride of `x`, or of its dense copy: a mask is in that order."""
+    return (x if x.is_contiguous() else torch.empty_like(x, device="meta")).stride()
+
+
 def save_mask(
-    ctx, y: Tensor, stride: Sequence[int], mask: Tensor
+    ctx, y: Tensor, shape: Sequence[int], stride: Sequence[int], mask: Tensor
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Save all that backward needs of `y = f(x)` but for a second derivative, which is 0.
+
+    `shape` and (dense) `stride` are those of `x`.
 
     torch returns that 0, where a graph without `x` would say that `x` is not in it. So the node has
     a second output, empty, that leads a second backward to this node and on to `x`.
     """
-    ctx.stride = stride
+    ctx.shape, ctx.stride = shape, stride
     if torch.compiler.is_compiling():
         ctx.save_for_backward(mask)
         return y
     anchor = y.new_empty(0)
-    ctx.shape = y.shape
     ctx.save_for_backward(mask, anchor)
     ctx.set_materialize_grads(False)
     return y, anchor
@@ -285,7 +289,8 @@ def grad_input(activation: Activation, saves: str, ctx, grad_output: Tensor | No
     )
     if kernels.forward_with_mask is not None:
         if differentiable:
-            x = unpack(saved, grad_output.shape, ctx.stride).to(grad_output.dtype) * 2 - 1
+            passes = unpack(saved).as_strided(ctx.shape, ctx.stride)
+            x = passes.to(grad_output.dtype) * 2 - 1
             return activation.torch_backward(grad_output, x, *parameters) + anchor[0].sum()
         return call(kernels.backward, grad_output, saved, *parameters, ctx.stride)
     if saves == "y":
@@ -301,7 +306,7 @@ def grad_input(activation: Activation, saves: str, ctx, grad_output: Tensor | No
     return call(kernels.backward, grad_output, saved, *parameters)
 
 
-def unpack(mask: Tensor, shape: Sequence[int], stride: Sequence[int]) -> Tensor:
-    """The bits of `mask` as a bool tensor of `shape` and (dense) `stride`."""
-    bits = mask.unsqueeze(1) >> torch.arange(8, dtype=torch.uint8, device=mask.device) & 1
-    return bits.flatten().bool().as_strided(shape, stride)
+def unpack(mask: Tensor) -> Tensor:
+    """The bits of `mask` as bools, eight times as many along its last dimension."""
+    bits = mask.unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8, device=mask.device) & 1
+    return bits.flatten(-2).bool()

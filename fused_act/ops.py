@@ -13,7 +13,15 @@ output) and relu6 (one bit an element) they are
         grad_output, y)
 
 `mask` is uint8, ceil(numel / 8) long: bit i % 8 of byte i // 8 tells whether the gradient passes
-element i in memory order. `stride` is that of `y`, which fixes this order.
+element i in memory order. `stride` is that of `y`, which fixes this order. For crelu, which mirrors
+relu, they are
+
+    crelu(x, dim) -> y
+    crelu_with_mask(x, dim) -> y, mask
+    crelu_backward(grad_output, mask, dim, stride)
+
+where `stride` is that of `x`, and the mask has two rows of bits, which begin with a byte, for each
+row that `fused_act.mirrored.Layout` tells of.
 """
 
 from __future__ import annotations
@@ -28,14 +36,15 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 from torch.utils.checkpoint import SAC_IGNORED_OPS
 
-from fused_act.activation import Activation
-from fused_act.activations import ACTIVATIONS
+from fused_act.activation import Activation, dense_stride
+from fused_act.activations import ACTIVATIONS, MIRRORED
 from fused_act.backends import DTYPES, Kernels
+from fused_act.mirrored import Layout, MirroredActivation
 
 # The layout contract is in the fakes: Inductor must not pass or expect other strides.
 TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
 
-ROWS = ACTIVATIONS
+ROWS = (*ACTIVATIONS, *MIRRORED)
 
 
 class RawOp(NamedTuple):
@@ -138,6 +147,75 @@ def elementwise_ops(activation: Activation) -> dict[str, RawOp]:
     return ops
 
 
+@raw_ops.register
+def mirrored_ops(row: MirroredActivation) -> dict[str, RawOp]:
+    name = row.name
+
+    def layout_of(x, dim):
+        return Layout.of(x.shape, dense_stride(x), dim)
+
+    def forward(x, dim):
+        layout = layout_of(x, dim)
+        return torch.empty_strided(layout.shape, layout.stride, dtype=x.dtype, device=x.device)
+
+    def forward_with_mask(x, dim):
+        return forward(x, dim), x.new_empty(layout_of(x, dim).mask_shape, dtype=torch.uint8)
+
+    def backward(grad_output, mask, dim, stride):
+        shape = unmirrored(grad_output.shape, dim)
+        return torch.empty_strided(
+            shape, stride, dtype=grad_output.dtype, device=grad_output.device
+        )
+
+    return {
+        "forward": RawOp(f"{name}(Tensor x, int dim) -> Tensor", forward, check_mirrored),
+        "forward_with_mask": RawOp(
+            f"{name}_with_mask(Tensor x, int dim) -> (Tensor, Tensor)",
+            forward_with_mask,
+            check_mirrored,
+        ),
+        "backward": RawOp(
+            f"{name}_backward(Tensor grad_output, Tensor mask, int dim, SymInt[] stride) -> Tensor",
+            backward,
+            check_mirrored_backward,
+        ),
+    }
+
+
+def unmirrored(shape: Sequence[int], dim: int) -> list[int]:
+    """The shape of `x`, where that of `y` is `shape`."""
+    halved = list(shape)
+    halved[dim] //= 2
+    return halved
+
+
+def check_mirrored(op: str, device_types: tuple[str, ...] | None, x: Tensor, dim: int) -> None:
+    """Raise unless a kernel can safely mirror `x` along `dim`."""
+    check(op, x, device_types=device_types)
+    if not -x.dim() <= dim < x.dim():
+        expected = f"between {-x.dim()} and {x.dim() - 1}" if x.dim() > 0 else "x with dimensions"
+        raise IndexError(f"{op}: expected dim {expected}, got {dim} for shape {tuple(x.shape)}")
+
+
+def check_mirrored_backward(
+    op: str,
+    device_types: tuple[str, ...] | None,
+    grad_output: Tensor,
+    mask: Tensor,
+    dim: int,
+    stride: Sequence[int],
+) -> None:
+    """Likewise for the arguments of backward, `stride` being that of `x`."""
+    check_mirrored(op, device_types, grad_output, dim)
+    if grad_output.size(dim) % 2 != 0:
+        raise ValueError(
+            f"{op}: expected grad_output of even size along dim {dim}, got {grad_output.size(dim)}"
+        )
+    shape = unmirrored(grad_output.shape, dim)
+    check_stride(op, shape, stride)
+    check_mask(op, grad_output, mask, Layout.of(shape, stride, dim).mask_shape)
+
+
 def check(
     op: str,
     x: Tensor,
@@ -172,20 +250,29 @@ def check(
                 f"{tuple(other.shape)}"
             )
     if mask is not None:
-        if mask.dtype != torch.uint8:
-            raise TypeError(f"{op}: expected mask to be uint8, got {mask.dtype}")
-        if mask.device != x.device:
-            raise ValueError(f"{op}: expected mask on {x.device}, got {mask.device}")
-        if mask.dim() != 1 or mask.numel() != mask_numel(x) or not mask.is_contiguous():
-            raise ValueError(
-                f"{op}: expected a contiguous mask of shape ({mask_numel(x)},) for "
-                f"{x.numel()} elements, got {tuple(mask.shape)} with stride {mask.stride()}"
-            )
-        if len(stride) != x.dim() or not is_dense(x.shape, stride):
-            raise ValueError(
-                f"{op}: expected the stride of a dense tensor of shape {tuple(x.shape)}, "
-                f"got {tuple(stride)}"
-            )
+        check_mask(op, x, mask, (mask_numel(x),))
+        check_stride(op, x.shape, stride)
+
+
+def check_mask(op: str, x: Tensor, mask: Tensor, shape: tuple[int, ...]) -> None:
+    """Raise unless `mask` has this shape and lies where `x` does."""
+    if mask.dtype != torch.uint8:
+        raise TypeError(f"{op}: expected mask to be uint8, got {mask.dtype}")
+    if mask.device != x.device:
+        raise ValueError(f"{op}: expected mask on {x.device}, got {mask.device}")
+    if mask.shape != shape or not mask.is_contiguous():
+        raise ValueError(
+            f"{op}: expected a contiguous mask of shape {shape} for {x.numel()} elements, "
+            f"got {tuple(mask.shape)} with stride {mask.stride()}"
+        )
+
+
+def check_stride(op: str, shape: Sequence[int], stride: Sequence[int]) -> None:
+    if len(stride) != len(shape) or not is_dense(shape, stride):
+        raise ValueError(
+            f"{op}: expected the stride of a dense tensor of shape {tuple(shape)}, "
+            f"got {tuple(stride)}"
+        )
 
 
 def is_dense(shape: Sequence[int], stride: Sequence[int]) -> bool:

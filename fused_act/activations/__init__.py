@@ -1,5 +1,6 @@
 """The activations, a file each. What is listed here gets ops, tests and benchmarks by itself."""
 
+from fused_act.activations.crelu import CRELU
 from fused_act.activations.leaky_relu import LEAKY_RELU
 from fused_act.activations.mish import MISH
 from fused_act.activations.relu import RELU
@@ -10,3 +11,4 @@ from fused_act.activations.swish import SWISH
 from fused_act.activations.tanh import TANH
 
 ACTIVATIONS = (MISH, SWISH, RELU6, SIGMOID, TANH, RELU, LEAKY_RELU, SELU_ROW)
+MIRRORED = (CRELU,)

@@ -47,9 +47,9 @@ def convert(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def load() -> dict[str, Kernels]:
-    from fused_act.activations import ACTIVATIONS
+    from fused_act.activations import ACTIVATIONS, MIRRORED
 
-    return {activation.name: activation.eager for activation in ACTIVATIONS}
+    return {row.name: row.eager for row in (*ACTIVATIONS, *MIRRORED)}
 
 
 BACKEND = Backend(

@@ -7,6 +7,7 @@ without a mask, for with `offsets < numel` every access would shrink to one elem
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -165,17 +166,20 @@ def launch(kernel, x: Tensor, *arguments, **options) -> None:
             kernel[(triton.cdiv(numel, size),)](*arguments, size, **options)
 
 
-def with_layout_of(like: Tensor, x: Tensor) -> Tensor:
-    """`x` in the strides of the dense tensor `like`: itself or a copy.
+def has_layout(x: Tensor, stride: Sequence[int]) -> bool:
+    """Whether the elements of `x` lie in memory as `stride` says.
 
     The stride of a dimension of size 1 is of no account: channels_last 1 x 1 images are contiguous.
     """
-    if x.stride() == like.stride():
-        return x
-    strides = zip(x.shape, x.stride(), like.stride())
-    if all(size == 1 or step == expected for size, step, expected in strides):
-        return x
-    return torch.empty_like(like).copy_(x)
+    if x.stride() == stride:
+        return True
+    strides = zip(x.shape, x.stride(), stride)
+    return all(size == 1 or step == expected for size, step, expected in strides)
+
+
+def with_layout_of(like: Tensor, x: Tensor) -> Tensor:
+    """`x` in the strides of the dense tensor `like`: itself or a copy."""
+    return x if has_layout(x, like.stride()) else torch.empty_like(like).copy_(x)
 
 
 def implementations(activation) -> dict:

@@ -1,0 +1,65 @@
+"""CReLU: y = cat([relu(x), relu(-x)], dim).
+
+Shang, Sohn, Almeida, Lee, "Understanding and Improving Convolutional Neural Networks via
+Concatenated Rectified Linear Units", 2016, arXiv:1603.05201.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.jit import is_scripting
+
+from fused_act.activations.relu import RELU
+from fused_act.mirrored import MirroredActivation, activate_mirrored
+
+CRELU = MirroredActivation(name="crelu", activation=RELU)
+
+
+def crelu(x: Tensor, dim: int = 1) -> Tensor:
+    """CReLU, y = cat([relu(x), relu(-x)], dim) (arXiv:1603.05201).
+
+    Args:
+        x: any shape and strides. On a GPU float16, bfloat16 and float32 run fused kernels; all
+            other tensors, and all other devices, get torch's `cat` and `relu`.
+        dim: the dimension that is twice as long in the result; 1 has the channels.
+
+    Returns:
+        A tensor of the dtype and memory format of `x`, twice as long along `dim`.
+
+    The kernels read `x` once and write the result once. Backward saves one bit for each element of
+    the result (the kernels) or both halves (torch). The gradient is 0 at exactly 0; NaN passes it
+    on.
+
+    Raises:
+        IndexError, RuntimeError: as `torch.cat`, for a `dim` that does not exist and for a tensor
+            without dimensions, and as `torch.relu`, for dtypes that it does not support.
+        TypeError, ValueError: a backend forced by `use_backend` does not take `x`.
+    """
+    if is_scripting():
+        return torch.cat([torch.relu(x), torch.relu(-x)], dim)
+    return activate_mirrored(CRELU, x, dim)
+
+
+CReLUFunction = CRELU.Function
+CReLUFunction.__doc__ = """`CReLUFunction.apply(x, dim)`: CReLU as a Function. Saves bits."""
+
+
+class CReLU(torch.nn.Module):
+    """The module of `fused_act.crelu`; torch has none.
+
+    Args:
+        dim: the dimension that is twice as long in the output; 1 has the channels.
+    """
+
+    __constants__ = ("dim",)
+
+    def __init__(self, dim: int = 1):
+        super().__init__()
+        self.dim = dim
+
+    def forward(self, input: Tensor) -> Tensor:
+        return crelu(input, self.dim)
+
+    def extra_repr(self) -> str:
+        return f"dim={self.dim}"
