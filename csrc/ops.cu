@@ -17,6 +17,7 @@
 
 #include "activations.cuh"
 #include "elementwise.cuh"
+#include "mirrored.cuh"
 
 // Only libtorch_cuda has this one. Weak, or the library would not load in a CPU build of torch.
 extern "C" __attribute__((weak)) AOTITorchError
@@ -66,12 +67,13 @@ void check_match(const Tensor& x, const Tensor& other) {
                   "fused_act: expected tensors of one dtype, shape and device");
 }
 
-// Whether a tensor of the shape of x, which has elements, fills its memory with this stride.
-bool is_dense(const Tensor& x, const std::vector<int64_t>& stride) {
+// Whether a tensor of this shape, which has elements, fills its memory with this stride.
+bool is_dense(torch::headeronly::IntHeaderOnlyArrayRef shape,
+              torch::headeronly::IntHeaderOnlyArrayRef stride) {
   std::vector<std::pair<int64_t, int64_t>> dimensions;  // stride, size
   for (size_t i = 0; i < stride.size(); i++) {
-    if (x.size(i) != 1) {
-      dimensions.emplace_back(stride[i], x.size(i));
+    if (shape[i] != 1) {
+      dimensions.emplace_back(stride[i], shape[i]);
     }
   }
   std::sort(dimensions.begin(), dimensions.end());
@@ -110,8 +112,9 @@ void check_mask(const Tensor& x, const Tensor& mask, const std::vector<int64_t>&
                       mask.numel() == (x.numel() + 7) / 8,
                   "fused_act: expected a contiguous uint8 mask with one bit for each of ",
                   x.numel(), " elements, got ", mask.numel(), " bytes");
-  STD_TORCH_CHECK(stride.size() == x.sizes().size() && (x.numel() == 0 || is_dense(x, stride)),
-                  "fused_act: expected the stride of a dense tensor of the shape of grad_output");
+  STD_TORCH_CHECK(
+      stride.size() == x.sizes().size() && (x.numel() == 0 || is_dense(x.sizes(), stride)),
+      "fused_act: expected the stride of a dense tensor of the shape of grad_output");
 }
 
 Tensor empty_strided(torch::headeronly::IntHeaderOnlyArrayRef sizes,
@@ -130,11 +133,17 @@ Tensor empty_mask(const Tensor& x) {
   return empty_strided({&size, 1}, {&stride, 1}, aoti_torch_dtype_uint8(), x);
 }
 
-// Whether the elements of x lie in the order of those of `like`, a dense tensor of the same shape.
-// The stride of a dimension of size 1 is of no account: channels_last 1 x 1 images are contiguous.
-bool has_layout_of(const Tensor& like, const Tensor& x) {
+int32_t dtype_of(const Tensor& x) {
+  int32_t dtype = 0;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &dtype));
+  return dtype;
+}
+
+// Whether the elements of x lie in memory as `stride` says. The stride of a dimension of size 1 is
+// of no account: channels_last 1 x 1 images are contiguous.
+bool has_layout(const Tensor& x, torch::headeronly::IntHeaderOnlyArrayRef stride) {
   for (int64_t i = 0; i < x.dim(); i++) {
-    if (x.size(i) != 1 && x.stride(i) != like.stride(i)) {
+    if (x.size(i) != 1 && x.stride(i) != stride[i]) {
       return false;
     }
   }
@@ -143,7 +152,7 @@ bool has_layout_of(const Tensor& like, const Tensor& x) {
 
 // x in the strides of `like`: itself or a copy.
 Tensor with_layout_of(const Tensor& like, const Tensor& x) {
-  if (has_layout_of(like, x)) {
+  if (has_layout(x, like.strides())) {
     return x;
   }
   Tensor copy = torch::stable::empty_like(like);
@@ -258,9 +267,8 @@ struct Ops {
                                 Parameters... parameters, std::vector<int64_t> stride) {
     check_mask(grad_output, mask, stride);
     const DeviceGuard guard(grad_output.get_device_index());
-    int32_t dtype = 0;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(grad_output.get(), &dtype));
-    Tensor grad_input = empty_strided(grad_output.sizes(), stride, dtype, grad_output);
+    Tensor grad_input =
+        empty_strided(grad_output.sizes(), stride, dtype_of(grad_output), grad_output);
     if (grad_input.numel() == 0) {
       return grad_input;
     }
@@ -277,6 +285,128 @@ struct Ops {
     return grad_input;
   }
 };
+
+// A dense x as a matrix, along `dim`, and y: as fused_act.mirrored.Layout has it.
+struct Layout {
+  Matrix matrix;
+  std::vector<int64_t> shape, stride;
+
+  Layout(torch::headeronly::IntHeaderOnlyArrayRef x_shape,
+         torch::headeronly::IntHeaderOnlyArrayRef x_stride, int64_t dim)
+      : matrix{1, x_shape[dim]},
+        shape(x_shape.begin(), x_shape.end()),
+        stride(x_stride.begin(), x_stride.end()) {
+    stride[dim] = 1;
+    for (int64_t i = 0; i < static_cast<int64_t>(shape.size()); i++) {
+      if (x_stride[i] < x_stride[dim]) {
+        stride[dim] *= shape[i];
+      } else if (i != dim) {
+        matrix.rows *= shape[i];
+        stride[i] *= 2;
+      }
+    }
+    matrix.columns *= stride[dim];
+    shape[dim] *= 2;
+  }
+};
+
+int64_t wrapped(const Tensor& x, int64_t dim) {
+  STD_TORCH_CHECK(-x.dim() <= dim && dim < x.dim(), "fused_act: expected dim of a tensor of ",
+                  x.dim(), " dimensions, got ", dim);
+  return dim < 0 ? dim + x.dim() : dim;
+}
+
+// The ops of y = cat([f(x), f(-x)], dim).
+template <template <typename> class Activation>
+struct MirroredOps {
+  template <bool kMasked>
+  static std::tuple<Tensor, Tensor> run_forward(const Tensor& input, int64_t dim) {
+    // empty_like keeps the strides of a dense tensor; a contiguous one may have others of no
+    // account.
+    const bool dense =
+        input.is_contiguous() || (input.numel() > 0 && is_dense(input.sizes(), input.strides()));
+    const Tensor x = dense ? input : with_layout_of(torch::stable::empty_like(input), input);
+    const Layout layout(x.sizes(), x.strides(), wrapped(x, dim));
+    Tensor y = empty_strided(layout.shape, layout.stride, dtype_of(x), x);
+    const int64_t bytes = layout.matrix.runs_of_row();
+    const std::vector<int64_t> mask_shape{layout.matrix.rows, 2, kMasked ? bytes : 0};
+    const std::vector<int64_t> mask_stride{2 * std::max<int64_t>(bytes, 1),
+                                           std::max<int64_t>(bytes, 1), 1};
+    Tensor mask = empty_strided(mask_shape, mask_stride, aoti_torch_dtype_uint8(), x);
+    if (x.numel() > 0) {
+      const cudaStream_t stream = current_stream(x);
+      with_element_type(x, [&](auto element) {
+        using T = decltype(element);
+        launch_mirrored_forward<kMasked>(Activation<T>{}, static_cast<const T*>(x.const_data_ptr()),
+                                         static_cast<T*>(y.mutable_data_ptr()),
+                                         static_cast<uint8_t*>(mask.mutable_data_ptr()),
+                                         layout.matrix, stream);
+      });
+      check_launch();
+    }
+    return {y, mask};
+  }
+
+  static Tensor mirrored_forward(const Tensor& x, int64_t dim) {
+    check_match(x, x);
+    const DeviceGuard guard(x.get_device_index());
+    return std::get<0>(run_forward<false>(x, dim));
+  }
+
+  static std::tuple<Tensor, Tensor> mirrored_forward_with_mask(const Tensor& x, int64_t dim) {
+    check_match(x, x);
+    const DeviceGuard guard(x.get_device_index());
+    return run_forward<true>(x, dim);
+  }
+
+  static Tensor mirrored_backward(const Tensor& grad_output, const Tensor& mask, int64_t dim,
+                                  std::vector<int64_t> stride) {
+    check_match(grad_output, grad_output);
+    const DeviceGuard guard(grad_output.get_device_index());
+    dim = wrapped(grad_output, dim);
+    std::vector<int64_t> shape(grad_output.sizes().begin(), grad_output.sizes().end());
+    STD_TORCH_CHECK(shape[dim] % 2 == 0, "fused_act: expected grad_output of even size, got ",
+                    shape[dim]);
+    shape[dim] /= 2;
+    STD_TORCH_CHECK(
+        stride.size() == shape.size() && (grad_output.numel() == 0 || is_dense(shape, stride)),
+        "fused_act: expected the stride of a dense tensor of the shape of x");
+    const Layout layout(shape, stride, dim);
+    STD_TORCH_CHECK(mask.is_cuda() && grad_output.get_device_index() == mask.get_device_index() &&
+                        mask.scalar_type() == ScalarType::Byte && mask.is_contiguous() &&
+                        mask.numel() == 2 * layout.matrix.rows * layout.matrix.runs_of_row(),
+                    "fused_act: expected a contiguous uint8 mask with a bit for each element of ",
+                    2 * layout.matrix.rows, " rows of ", layout.matrix.columns, ", got ",
+                    mask.numel(), " bytes");
+    Tensor grad_input = empty_strided(shape, stride, dtype_of(grad_output), grad_output);
+    if (grad_input.numel() == 0) {
+      return grad_input;
+    }
+    Tensor grad = grad_output;
+    if (!has_layout(grad, layout.stride)) {
+      grad = empty_strided(layout.shape, layout.stride, dtype_of(grad_output), grad_output);
+      torch::stable::copy_(grad, grad_output);
+    }
+    const cudaStream_t stream = current_stream(grad);
+    with_element_type(grad, [&](auto element) {
+      using T = decltype(element);
+      launch_mirrored_backward(Activation<T>{}, static_cast<const T*>(grad.const_data_ptr()),
+                               static_cast<const uint8_t*>(mask.const_data_ptr()),
+                               static_cast<T*>(grad_input.mutable_data_ptr()), layout.matrix,
+                               stream);
+    });
+    check_launch();
+    return grad_input;
+  }
+};
+
+template <template <typename> class Activation>
+void implement_mirrored(StableLibrary& library, const std::string& name) {
+  using O = MirroredOps<Activation>;
+  library.impl(name.c_str(), TORCH_BOX(&O::mirrored_forward));
+  library.impl((name + "_with_mask").c_str(), TORCH_BOX(&O::mirrored_forward_with_mask));
+  library.impl((name + "_backward").c_str(), TORCH_BOX(&O::mirrored_backward));
+}
 
 template <template <typename> class Activation, typename... Parameters>
 void implement(StableLibrary& library, const std::string& name) {
@@ -305,6 +435,7 @@ STABLE_TORCH_LIBRARY_IMPL(fused_act_cuda, CUDA, library) {
   implement<ReLU>(library, "relu");
   implement<LeakyReLU, double>(library, "leaky_relu");
   implement<SELU>(library, "selu");
+  implement_mirrored<ReLU>(library, "crelu");
 }
 
 }  // namespace

@@ -27,7 +27,7 @@ OPTIONS = {"num_warps": NUM_WARPS, "maxnreg": 48}
 
 
 @triton.jit
-def tile_of(block, columns, column_blocks, BM: tl.constexpr, BK: tl.constexpr):
+def tile_of(block, column_blocks, BM: tl.constexpr, BK: tl.constexpr):
     """The first row and column of a program's tile.
 
     64 bits, for tensors of more than 2^31 elements; within a tile 32 bits do. The division is one
@@ -88,7 +88,7 @@ def forward_kernel(
     x_ptr, y_ptr, mask_ptr, row_count, columns, column_blocks, FORWARD: tl.constexpr,
     PASSES: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    row, column = tile_of(tl.program_id(0), columns, column_blocks, BM, BK)
+    row, column = tile_of(tl.program_id(0), column_blocks, BM, BK)
     x_ptr += row * columns + column
     y_ptr += 2 * row * columns + column
     if mask_ptr is not None:
@@ -135,7 +135,7 @@ def backward_kernel(
     grad_output_ptr, mask_ptr, grad_input_ptr, row_count, columns, column_blocks,
     GRADIENT: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    row, column = tile_of(tl.program_id(0), columns, column_blocks, BM, BK)
+    row, column = tile_of(tl.program_id(0), column_blocks, BM, BK)
     grad_output_ptr += 2 * row * columns + column
     grad_input_ptr += row * columns + column
     mask_ptr += 2 * row * ((columns + 7) // 8) + column // 8
