@@ -23,6 +23,7 @@ import torch
 
 from fused_act.activation import Activation
 from fused_act.activations import ACTIVATIONS
+from fused_act.mirrored import MirroredActivation
 
 TRITON_TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 CUDA_TYPES = {torch.float16: "c10::Half", torch.bfloat16: "c10::BFloat16", torch.float32: "float"}
@@ -216,20 +217,13 @@ def demangle(names: Iterable[str]) -> list[str]:
 def compile_triton(
     activation: Activation, direction: str, masked: bool, dtype: torch.dtype, capability: int
 ):
-    """Compile a Triton kernel ahead of time, as a launch with aligned pointers would.
+    """Compile a Triton kernel of an elementwise activation, as `compile_ahead` does.
 
     Args:
         direction: "forward", "backward" or "backward from output".
         masked: forward writes a mask, backward reads one.
         capability: 90 for sm_90.
-
-    Returns:
-        Triton's compiled kernel, whose `asm` holds "ptx" and "cubin".
     """
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
     from fused_act.backends import triton_activations, triton_kernels
 
     def math(function: str):
@@ -250,34 +244,94 @@ def compile_triton(
         function = "gradient" if masked else direction.replace("backward", "derivative")
         constants = {"BACKWARD": math(function.replace(" ", "_")), "FROM_MASK": masked}
     constants |= {"BLOCK_SIZE": triton_kernels.block_size(dtype)}
+    options = triton_kernels.launch_options(kernel, masked)
+    return compile_ahead(kernel, signature, constants, capability, options)
+
+
+def compile_mirrored(
+    row: MirroredActivation,
+    direction: str,
+    masked: bool,
+    dtype: torch.dtype,
+    columns: int,
+    capability: int,
+):
+    """Likewise a Triton kernel of a mirrored activation, for rows of so many `columns`."""
+    from fused_act.backends import triton_activations, triton_mirrored
+
+    def math(function: str):
+        return getattr(triton_activations, f"{row.activation.name}_{function}")
+
+    element = f"*{TRITON_TYPES[dtype]}"
+    if direction == "forward":
+        kernel = triton_mirrored.forward_kernel
+        signature = {"x_ptr": element, "y_ptr": element}
+        signature |= {"mask_ptr": "*u8" if masked else "constexpr"}
+        constants = {"FORWARD": math("forward"), "PASSES": math("passes")}
+        constants |= {} if masked else {"mask_ptr": None}
+    else:
+        kernel = triton_mirrored.backward_kernel
+        signature = {"grad_output_ptr": element, "mask_ptr": "*u8", "grad_input_ptr": element}
+        constants = {"GRADIENT": math("gradient")}
+    signature |= dict.fromkeys(("row_count", "columns", "column_blocks"), "i32")
+    constants |= dict(zip(("BM", "BK"), triton_mirrored.tile(columns, dtype)))
+    divisible = ("columns",) if columns % 16 == 0 else ()
+    options = triton_mirrored.OPTIONS
+    return compile_ahead(kernel, signature, constants, capability, options, divisible)
+
+
+def compile_ahead(
+    kernel,
+    signature: dict[str, object],
+    constants: dict[str, object],
+    capability: int,
+    options: dict[str, int],
+    divisible: tuple[str, ...] = (),
+):
+    """Compile a Triton kernel ahead of time, as a launch with aligned pointers would.
+
+    Args:
+        signature, constants: types and values of its arguments, in any order.
+        capability: 90 for sm_90.
+        options: those of the launch.
+        divisible: integers that 16 divides.
+
+    Returns:
+        Triton's compiled kernel, whose `asm` holds "ptx" and "cubin".
+    """
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
     signature |= dict.fromkeys(constants, "constexpr")
     signature = {name: signature[name] for name in kernel.arg_names}
     aligned = {
         (position,): [["tt.divisibility", 16]]
-        for position, type_ in enumerate(signature.values())
-        if isinstance(type_, str) and type_.startswith("*")
+        for position, (name, type_) in enumerate(signature.items())
+        if name in divisible or (isinstance(type_, str) and type_.startswith("*"))
     }
     source = ASTSource(kernel, signature=signature, constexprs=constants, attrs=aligned)
     target = GPUTarget("cuda", capability, 32)
-    return triton.compile(
-        source, target=target, options=triton_kernels.launch_options(kernel, masked)
-    )
+    return triton.compile(source, target=target, options=options)
 
 
 def triton_kernel(
     activation: Activation, direction: str, masked: bool, dtype: torch.dtype, capability: int
 ) -> Kernel:
     """The machine code of a Triton kernel; the arguments are those of `compile_triton`."""
+    compiled = compile_triton(activation, direction, masked, dtype, capability)
+    return code_of(compiled, activation.name, dtype)
+
+
+def code_of(compiled, name: str, dtype: torch.dtype) -> Kernel:
+    """The machine code of a Triton kernel of the activation `name`."""
     from fused_act.backends import triton_kernels
 
-    compiled = compile_triton(activation, direction, masked, dtype, capability)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(compiled.asm["cubin"])
-        ((name, function),) = disassemble(path).items()
-    return Kernel(
-        f"triton {activation.name} {name}", *function, 32 * triton_kernels.NUM_WARPS, dtype
-    )
+        ((kernel, function),) = disassemble(path).items()
+    return Kernel(f"triton {name} {kernel}", *function, 32 * triton_kernels.NUM_WARPS, dtype)
 
 
 def cuda_kernels(library: Path, capability: int) -> dict[str, Function]:
@@ -299,10 +353,31 @@ def cuda_kernel(
     element = re.escape(CUDA_TYPES[dtype])
     kernel, _, from_output = direction.partition(" ")
     pattern = (
-        rf"{kernel}_kernel<(\d+), {str(masked).lower()}, "
+        rf"fused_act::{kernel}_kernel<(\d+), {str(masked).lower()}, "
         rf"{'fused_act::FromOutput<' if from_output else ''}"
         rf"fused_act::{activation.name.replace('_', '')}<{element}>"
     )
+    return widest_kernel(kernels, pattern, dtype)
+
+
+def cuda_mirrored_kernel(
+    kernels: dict[str, Function],
+    row: MirroredActivation,
+    direction: str,
+    masked: bool,
+    dtype: torch.dtype,
+) -> Kernel:
+    """Likewise the kernel of a mirrored activation."""
+    pattern = (
+        rf"fused_act::mirrored_{direction}_kernel<(\d+), "
+        rf"{f'{str(masked).lower()}, ' if direction == 'forward' else ''}"
+        rf"fused_act::{row.activation.name.replace('_', '')}<{re.escape(CUDA_TYPES[dtype])}>"
+    )
+    return widest_kernel(kernels, pattern, dtype)
+
+
+def widest_kernel(kernels: dict[str, Function], pattern: str, dtype: torch.dtype) -> Kernel:
+    """Of the kernels that `pattern` matches, the one for the width, its first group, that is most."""
     matches = (re.search(pattern, name, flags=re.IGNORECASE) for name in kernels)
     widest = max(filter(None, matches), key=lambda match: int(match[1]))
     return Kernel(widest.string, *kernels[widest.string], CUDA_THREADS, dtype)

@@ -1,0 +1,103 @@
+// Runs the CUDA loops of a mirrored activation on the host, as host_kernels.cpp does the others.
+#include "../csrc/activations.cuh"
+#include "../csrc/mirrored.cuh"
+
+namespace fused_act {
+namespace {
+
+template <bool kMasked, typename T>
+void forward(const T* x, T* y, uint8_t* mask, Matrix matrix, int64_t first, int64_t last) {
+  with_widest_access_to_rows<T>(
+      [&](auto width) {
+        for (int64_t block = first; block < last; block++) {
+          for (int thread = 0; thread < kThreads; thread++) {
+            mirrored_forward_thread<decltype(width)::value, kMasked>(ACTIVATION<T>{}, x, y, mask,
+                                                                     matrix, block, thread);
+          }
+        }
+      },
+      matrix, x, y);
+}
+
+template <typename T>
+void backward(const T* grad_output, const uint8_t* mask, T* grad_input, Matrix matrix,
+              int64_t first, int64_t last) {
+  with_widest_access_to_rows<T>(
+      [&](auto width) {
+        for (int64_t block = first; block < last; block++) {
+          for (int thread = 0; thread < kThreads; thread++) {
+            mirrored_backward_thread<decltype(width)::value>(ACTIVATION<T>{}, grad_output, mask,
+                                                             grad_input, matrix, block, thread);
+          }
+        }
+      },
+      matrix, grad_output, grad_input);
+}
+
+// dtype: 0 for fp16, 1 for bf16, 2 for fp32.
+template <typename Run>
+void with_dtype(int dtype, Run run) {
+  if (dtype == 0) {
+    run(Half{});
+  } else if (dtype == 1) {
+    run(BFloat16{});
+  } else {
+    run(float{});
+  }
+}
+
+}  // namespace
+}  // namespace fused_act
+
+using namespace fused_act;
+
+extern "C" {
+
+int64_t count_blocks(int dtype, int64_t rows, int64_t columns) {
+  const Matrix matrix{rows, columns};
+  return dtype == 2 ? mirrored_block_count<float>(matrix) : mirrored_block_count<Half>(matrix);
+}
+
+int widest_access(int dtype, int64_t columns, const void* a, const void* b) {
+  int width = 0;
+  with_dtype(dtype, [&](auto element) {
+    with_widest_access_to_rows<decltype(element)>(
+        [&](auto found) { width = decltype(found)::value; }, Matrix{1, columns}, a, b);
+  });
+  return width;
+}
+
+// place: offsets in x, y and mask, and the length.
+void locate(int64_t rows, int64_t columns, int64_t block, int thread, int64_t* place) {
+  const auto run = find_run<float>(Matrix{rows, columns}, block, thread, 0);
+  place[0] = run.x;
+  place[1] = run.y;
+  place[2] = run.mask;
+  place[3] = run.length;
+}
+
+// Without a mask if that is null.
+void run_forward(int dtype, const void* x, void* y, uint8_t* mask, int64_t rows, int64_t columns,
+                 int64_t first, int64_t last) {
+  with_dtype(dtype, [&](auto element) {
+    using T = decltype(element);
+    const auto* source = static_cast<const T*>(x);
+    auto* target = static_cast<T*>(y);
+    if (mask == nullptr) {
+      forward<false>(source, target, mask, Matrix{rows, columns}, first, last);
+    } else {
+      forward<true>(source, target, mask, Matrix{rows, columns}, first, last);
+    }
+  });
+}
+
+void run_backward(int dtype, const void* grad_output, const uint8_t* mask, void* grad_input,
+                  int64_t rows, int64_t columns, int64_t first, int64_t last) {
+  with_dtype(dtype, [&](auto element) {
+    using T = decltype(element);
+    backward(static_cast<const T*>(grad_output), mask, static_cast<T*>(grad_input),
+             Matrix{rows, columns}, first, last);
+  });
+}
+
+}  // extern "C"
