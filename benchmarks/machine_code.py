@@ -377,7 +377,7 @@ def cuda_mirrored_kernel(
 
 
 def widest_kernel(kernels: dict[str, Function], pattern: str, dtype: torch.dtype) -> Kernel:
-    """Of the kernels that `pattern` matches, the one for the width, its first group, that is most."""
+    """Of the kernels that `pattern` matches the one for the greatest width, its first group."""
     matches = (re.search(pattern, name, flags=re.IGNORECASE) for name in kernels)
     widest = max(filter(None, matches), key=lambda match: int(match[1]))
     return Kernel(widest.string, *kernels[widest.string], CUDA_THREADS, dtype)
