@@ -18,6 +18,7 @@ from fused_act.mirrored import MirroredActivation
 from tests.cases import (
     DEVICE,
     GRAD_LAYOUTS,
+    INTERPRET,
     LAYOUTS,
     Guarded,
     all_backends,
@@ -40,17 +41,17 @@ def assert_equal(ours, theirs):
     torch.testing.assert_close(ours, theirs, rtol=0, atol=0, equal_nan=True)
 
 
-def assert_as_torch(function, reference, x, dim, *make_grad_outputs):
+def assert_as_torch(function, x, dim, *make_grad_outputs):
+    """y, with and without grad, and the gradient of x, whose strides it has."""
     x = x.detach().requires_grad_()
-    y, expected = function(x, dim), reference(x, dim)
+    y, expected = function(x, dim), torch_crelu(x, dim)
     assert_equal(y, expected)
     assert_equal(function(x.detach(), dim), expected.detach())
-    for make in make_grad_outputs:
-        grad_output = make(y)
-        grads = (
+    for make_grad_output in make_grad_outputs:
+        grad_output = make_grad_output(y)
+        ours, theirs = (
             torch.autograd.grad(z, x, grad_output, retain_graph=True)[0] for z in (y, expected)
         )
-        ours, theirs = grads
         assert ours.stride() == torch.empty_like(x).stride()
         assert_equal(ours, theirs)
 
@@ -60,6 +61,8 @@ def assert_as_torch(function, reference, x, dim, *make_grad_outputs):
 def test_every_16_bit_value(backend, dtype):
     """NaN, infinities and zeros of both signs among them, in gradients too."""
     x = torch.arange(-(2**15), 2**15, dtype=torch.int16, device=DEVICE).view(dtype).view(512, 128)
+    if INTERPRET and dtype is torch.bfloat16:  # which mangles the subnormal ones
+        x = torch.where(x.abs() < torch.finfo(dtype).tiny, 0, x)
     weight = torch.tensor([1.0, -2.0, float("inf"), float("nan"), 0.0, -3.0, float("-inf")])
     weight = weight.to(dtype).to(DEVICE)
 
@@ -68,7 +71,7 @@ def test_every_16_bit_value(backend, dtype):
         # has these exactly.
         return weight.repeat(-(-y.numel() // 7))[: y.numel()].view(y.shape)
 
-    assert_as_torch(fused_act.crelu, torch_crelu, x, 1, grad_output)
+    assert_as_torch(fused_act.crelu, x, 1, grad_output)
 
 
 @all_backends
@@ -79,7 +82,7 @@ def test_layouts(backend, layout):
     for dim in range(-x.dim(), x.dim()):
         # They are many, and dimensions from the back are those from the front.
         makes = GRAD_LAYOUTS.values() if dim < 0 else [torch.randn_like]
-        assert_as_torch(fused_act.crelu, torch_crelu, x, dim, *makes)
+        assert_as_torch(fused_act.crelu, x, dim, *makes)
 
 
 @all_backends
@@ -94,12 +97,9 @@ def test_strides_are_those_of_cat(backend, layout):
 @all_dtypes
 def test_sizes_and_guard_bands(backend, dtype, monkeypatch):
     """Rows of every length; nothing outside y, mask and grad_input is written."""
-    if backend != "triton":
-        function = fused_act.crelu
-    else:
+    allocated = []
+    if backend == "triton":
         from fused_act.backends import triton_mirrored
-
-        allocated = []
 
         def empty_strided(size, stride, dtype, device):
             numel = torch.Size(size).numel()
@@ -118,14 +118,13 @@ def test_sizes_and_guard_bands(backend, dtype, monkeypatch):
             size, torch.empty(size, device="meta").stride(), dtype, device
         )
         monkeypatch.setattr(triton_mirrored, "torch", guarded)
-        function = fused_act.crelu
     for i, columns in enumerate(COLUMNS):
         x = 4 * torch.randn((1, 3, 67)[i % 3] if columns < 64 else 3, columns, device=DEVICE)
-        assert_as_torch(function, torch_crelu, x.to(dtype), 1, torch.randn_like)
-    if backend == "triton":
-        assert len(allocated) == 4 * len(COLUMNS)
-        for output in allocated:
-            output.assert_untouched_outside()
+        assert_as_torch(fused_act.crelu, x.to(dtype), 1, torch.randn_like)
+    # y twice, the mask, grad_input; the CUDA kernels' loops are tested so on the host.
+    assert len(allocated) == 4 * len(COLUMNS) * (backend == "triton")
+    for output in allocated:
+        output.assert_untouched_outside()
 
 
 @all_backends
@@ -291,4 +290,4 @@ def test_forced_backend_under_compile_is_one_opaque_op(backend, layout):
     (call,) = [node for node in graphs[0].graph.nodes if node.op == "call_function"]
     assert call.target is ops.kernels(f"fused_act_{backend}")["crelu"].forward
     compiled = torch.compile(fused_act.crelu, fullgraph=True, backend="aot_eager")
-    assert_as_torch(compiled, torch_crelu, x, 1, torch.randn_like)
+    assert_as_torch(compiled, x, 1, torch.randn_like)

@@ -19,7 +19,7 @@ from fused_act import ops
 from fused_act.backends import DTYPES
 from fused_act.mirrored import Layout
 from tests import host_kernels
-from tests.cases import LAYOUTS, Guarded, all_dtypes
+from tests.cases import LAYOUTS, Guarded, all_dtypes, both_16_bit_dtypes
 from tests.test_machine_code import (
     BACKENDS,
     BACKENDS_BY_NAME,
@@ -55,13 +55,17 @@ def test_function_on_a_cpu(requires_grad):
 
 def test_transforms_get_torchs_ops():
     x = torch.randn(3, 4)
+
+    def results(function):
+        def along_0(x):
+            return function(x, 0)
+
+        jacobian, vector = torch.func.jacrev(along_0)(x), torch.func.jvp(along_0, (x,), (x,))
+        return torch.func.vmap(along_0)(x), jacobian, *vector
+
     for function in (fused_act.crelu, fused_act.CReLUFunction.apply):
-        ours = functools.partial(function, dim=0) if function is fused_act.crelu else None
-        call = ours or (lambda x: fused_act.CReLUFunction.apply(x, 0))
-        reference = functools.partial(torch_crelu, dim=0)
-        assert_equal(torch.func.vmap(call)(x), torch.func.vmap(reference)(x))
-        assert_equal(torch.func.jvp(call, (x,), (x,)), torch.func.jvp(reference, (x,), (x,)))
-        assert_equal(torch.func.jacrev(call)(x), torch.func.jacrev(reference)(x))
+        for ours, theirs in zip(results(function), results(torch_crelu)):
+            assert_equal(ours, theirs)
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
@@ -185,6 +189,20 @@ def test_host_loops(host, dtype, offset):
             output.assert_untouched_outside()
 
 
+@both_16_bit_dtypes
+def test_host_on_every_16_bit_value(host, dtype):
+    x = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(dtype).view(512, 128)
+    y, mask = x.new_empty(512, 2, 128), torch.empty(512, 2, 16, dtype=torch.uint8)
+    run_forward(host, x, y, mask)
+    leaf = x.clone().requires_grad_()
+    expected = torch_crelu(leaf)
+    assert_equal(y.flatten(1), expected.detach())
+    grad_output = x.flip(0).repeat(1, 2)
+    grad = torch.empty_like(x)
+    run_backward(host, grad_output, mask, grad)
+    assert_equal(grad, torch.autograd.grad(expected, leaf, grad_output)[0])
+
+
 @all_dtypes
 def test_host_offsets_beyond_32_bits(host, dtype):
     """A block past 2^31 and past 2^32 elements, on buffers that hold this block alone."""
@@ -238,15 +256,16 @@ KINDS = {"forward": ("forward", False), "masked": ("forward", True), "backward":
 CODE_COLUMNS = (16, 64, 2**20)
 
 
+@functools.cache
+def compile_triton(kind, dtype, columns):
+    return machine_code.compile_mirrored(CRELU, *KINDS[kind], dtype, columns, 90)
+
+
 def compiled(backend, kind, dtype, columns, capability=90):
-    if backend == "cuda":
-        kernels = extension_kernels(capability)
-        return machine_code.cuda_mirrored_kernel(kernels, CRELU, *KINDS[kind], dtype)
-    return machine_code.code_of(
-        machine_code.compile_mirrored(CRELU, *KINDS[kind], dtype, columns, capability),
-        CRELU.name,
-        dtype,
-    )
+    if backend == "triton":
+        return machine_code.code_of(compile_triton(kind, dtype, columns), CRELU.name, dtype)
+    kernels = extension_kernels(capability)
+    return machine_code.cuda_mirrored_kernel(kernels, CRELU, *KINDS[kind], dtype)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -285,8 +304,7 @@ def test_newer_gpus_make_32_byte_accesses():
 @pytest.mark.parametrize("columns", CODE_COLUMNS)
 def test_triton_addresses_have_64_bits(kind, columns):
     """Row and column of the tile, which 32 bits hold, grow to 64 before they are multiplied."""
-    made = machine_code.compile_mirrored(CRELU, *KINDS[kind], torch.bfloat16, columns, 90)
-    code = made.asm["ttir"]
+    code = compile_triton(kind, torch.bfloat16, columns).asm["ttir"]
     (index,) = re.findall(r"(%\S+) = tt\.get_program_id x", code)
     parts = re.findall(rf"(%\S+) = arith\.(?:divsi|remsi) {index}, ", code)
     assert len(parts) == 2
