@@ -3,11 +3,19 @@
 from fused_act import ops  # noqa: F401 - defines torch.ops.fused_act_cuda and fused_act_triton
 from fused_act.activations.leaky_relu import LeakyReLU, LeakyReLUFunction, leaky_relu
 from fused_act.activations.mish import Mish, MishFunction, mish
+from fused_act.activations.prelu import PReLU, PReLUFunction, prelu
 from fused_act.activations.relu import ReLU, ReLUFunction, relu
 from fused_act.activations.relu6 import ReLU6, ReLU6Function, relu6
 from fused_act.activations.selu import SELU, SELUFunction, selu
 from fused_act.activations.sigmoid import Sigmoid, SigmoidFunction, sigmoid
-from fused_act.activations.swish import SiLU, Swish, SwishFunction, silu, swish
+from fused_act.activations.swish import (
+    LearnableSwishFunction,
+    SiLU,
+    Swish,
+    SwishFunction,
+    silu,
+    swish,
+)
 from fused_act.activations.tanh import Tanh, TanhFunction, tanh
 from fused_act.backends import available_backends, use_backend
 from fused_act.rematerialization import rematerialize
@@ -18,8 +26,11 @@ __all__ = [
     "SELU",
     "LeakyReLU",
     "LeakyReLUFunction",
+    "LearnableSwishFunction",
     "Mish",
     "MishFunction",
+    "PReLU",
+    "PReLUFunction",
     "ReLU",
     "ReLU6",
     "ReLU6Function",
@@ -36,6 +47,7 @@ __all__ = [
     "available_backends",
     "leaky_relu",
     "mish",
+    "prelu",
     "relu",
     "relu6",
     "rematerialize",

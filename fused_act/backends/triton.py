@@ -12,7 +12,7 @@ import tempfile
 import textwrap
 
 from fused_act import ops
-from fused_act.activations import ACTIVATIONS
+from fused_act.activations import ACTIVATIONS, WEIGHTED
 from fused_act.backends import Backend, Kernels, gpu_unavailable, older
 
 MINIMUM = (3, 6)
@@ -78,12 +78,16 @@ def version() -> str | None:
 
 def load() -> dict[str, Kernels]:
     """Import Triton (90 ms, so not before it is needed) and give the raw ops their kernels."""
-    from fused_act.backends import triton_kernels
+    from fused_act.backends import triton_kernels, triton_weighted
 
+    implementations = {}
     for activation in ACTIVATIONS:
-        for name, implementation in triton_kernels.implementations(activation).items():
-            for device_type in DEVICE_TYPES:
-                ops.TRITON_LIBRARY.impl(name, implementation, device_type.upper())
+        implementations |= triton_kernels.implementations(activation)
+    for row in WEIGHTED:
+        implementations |= triton_weighted.implementations(row)
+    for name, implementation in implementations.items():
+        for device_type in DEVICE_TYPES:
+            ops.TRITON_LIBRARY.impl(name, implementation, device_type.upper())
     return ops.kernels("fused_act_triton")
 
 

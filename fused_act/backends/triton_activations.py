@@ -65,9 +65,9 @@ def fma(a, b, c):
 
 @triton.jit
 def product_error(a, b, product):
-    """What rounding took from the product of a and a scalar b."""
+    """What rounding took from the product of a and b."""
     if INTERPRET:  # where a scalar is a Python float
-        b = tl.full((), b, tl.float32)
+        b += tl.full((), 0.0, tl.float32)
     return fma(a, b, -product)
 
 
@@ -173,6 +173,33 @@ def swish_derivative(x, beta, LOW: tl.constexpr):
         e = exp_compensated(scale * z, scale * z_low)
         s = reciprocal_approx(1.0 + e)
         return tl.where(tail, ((1.0 + z) * e) * e, s * tl.fma(z, e * s, 1.0))
+
+
+# With beta from a tensor; and the derivative with respect to it, x^2 s (1 - s), which is even.
+learnable_swish_forward = swish_forward
+learnable_swish_derivative = swish_derivative
+
+
+@triton.jit
+def learnable_swish_weight_derivative(x, beta, LOW: tl.constexpr):
+    e = exp_compensated(-tl.abs(clamp(x * beta, -240.0, 240.0)), 0.0)
+    r = reciprocal_approx(1.0 + e)
+    return (x * ((e * r) * r)) * x
+
+
+@triton.jit
+def prelu_forward(x, weight, LOW: tl.constexpr):
+    return x * tl.where(x > 0.0, 1.0, weight)
+
+
+@triton.jit
+def prelu_derivative(x, weight, LOW: tl.constexpr):
+    return tl.where(x > 0.0, 1.0, weight)
+
+
+@triton.jit
+def prelu_weight_derivative(x, weight, LOW: tl.constexpr):
+    return tl.where(x > 0.0, 0.0, x)
 
 
 @triton.jit
