@@ -1,8 +1,9 @@
 """The Triton kernels of activations with a weight: one forward, one backward; and their launch.
 
-A dense tensor is in memory a matrix of rows of K elements. Where a channel's elements lie side by
-side, or there is one weight, a row has one weight; where the channels do (channels_last, or a
-batch of vectors), a column has. A program handles one tile of it.
+A dense tensor is in memory a matrix. Where a channel's elements lie side by side, or there is one
+weight, a row has one weight; where the channels do (channels_last, or a batch of vectors), a column
+has. A program handles one tile of it. Backward sums, in fp32, what the tile adds to the gradient of
+each weight; what all tiles add is then summed by torch, always in the same order.
 """
 
 from __future__ import annotations
@@ -16,159 +17,183 @@ from torch import Tensor
 
 from fused_act import ops
 from fused_act.backends import triton_activations
-from fused_act.backends.triton_kernels import NUM_WARPS, block_size, with_layout_of
+from fused_act.backends.triton_kernels import NUM_WARPS, block_size, load, store, with_layout_of
 
-# Of a tile whose columns have weights; what it has in height keeps the partial sums few.
-WIDEST_COLUMNS = 128
-# Of a row where there is one weight, and rows are of our choosing.
-ROW = 1024
+# Of a tile whose columns have weights: one cache line. Wider ones have few rows to sum over.
+COLUMN_BYTES = 128
 
 
 class Matrix(NamedTuple):
     """A dense tensor as its memory has it.
 
     Args:
-        rows, columns: its size; the last row may be short.
-        channels: weights; rows have them in turn, or columns have.
-        by_column: whether columns have the weights.
+        columns: the length of a row; the last row may be short.
+        rows: their number.
+        by_column: whether columns have the weights, or rows, in turn.
+        tile_rows, tile_columns: the size of a tile.
     """
 
-    rows: int
     columns: int
-    channels: int
+    rows: int
     by_column: bool
+    tile_rows: int
+    tile_columns: int
 
     @classmethod
     def of(cls, x: Tensor, weights: int) -> Matrix:
-        if weights == 1:
-            return cls(triton.cdiv(x.numel(), ROW), ROW, 1, False)
-        inner = x.stride(1)
-        if inner == 1:
-            return cls(x.numel() // weights, weights, weights, True)
-        return cls(x.numel() // inner, inner, weights, False)
+        size = widest = block_size(x.dtype)
+        columns, by_column = size, False  # of one weight, rows are as wide as a tile
+        if weights > 1:
+            columns = x.stride(1)
+            by_column = columns == 1
+        if by_column:
+            columns, widest = weights, COLUMN_BYTES // x.itemsize
+        tile_columns = min(triton.next_power_of_2(columns), widest)
+        rows = triton.cdiv(x.numel(), columns)
+        return cls(columns, rows, by_column, size // tile_columns, tile_columns)
 
-    def tile(self, dtype: torch.dtype) -> tuple[int, int]:
-        """Rows and columns of a tile."""
-        size = block_size(dtype)
-        columns = min(triton.next_power_of_2(self.columns), size)
-        if self.by_column:
-            columns = min(columns, WIDEST_COLUMNS)
-        return size // columns, columns
-
-    def blocks(self, dtype: torch.dtype) -> tuple[int, int]:
+    @property
+    def blocks(self) -> tuple[int, int]:
         """Tiles below and beside each other."""
-        tile_rows, tile_columns = self.tile(dtype)
-        return triton.cdiv(self.rows, tile_rows), triton.cdiv(self.columns, tile_columns)
+        return triton.cdiv(self.rows, self.tile_rows), triton.cdiv(self.columns, self.tile_columns)
 
 
 @triton.jit
-def load(x_ptr, offsets, valid):
-    """Load in fp32; without a mask if every offset is valid, which `valid=None` says."""
-    if valid is None:
-        return tl.load(x_ptr + offsets).to(tl.float32)
-    else:
-        return tl.load(x_ptr + offsets, mask=valid, other=0.0).to(tl.float32)
+def tile_of(columns, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):
+    """This program's tile: its first row, row block and column block, and what it starts with."""
+    column_blocks = tl.cdiv(columns, BLOCK_K).to(tl.int32)
+    program = tl.program_id(0)
+    row_block = program // column_blocks
+    column_block = program % column_blocks
+    # 64 bits, for tensors of more than 2^31 elements.
+    row = row_block.to(tl.int64) * BLOCK_M
+    start = row * columns + column_block.to(tl.int64) * BLOCK_K
+    return row, column_block, start
 
 
 @triton.jit
-def weights_of(weight_ptr, rows, columns, channels, BY_COLUMN: tl.constexpr):
-    """The weights of a tile, to broadcast over it. Beyond the last column any will do."""
-    if BY_COLUMN:
-        return tl.load(weight_ptr + tl.minimum(columns, channels - 1))[None, :]
-    else:
-        return tl.load(weight_ptr + rows % channels)[:, None]
+def offsets_of(columns, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Of the elements of a tile from its first. Rows may lie far from each other."""
+    rows = tl.arange(0, BLOCK_M).to(tl.int64)
+    return rows[:, None] * columns + tl.arange(0, BLOCK_K)[None, :]
 
 
 @triton.jit
-def forward_tile(x_ptr, y_ptr, weight, offsets, valid, FORWARD):
-    LOW: tl.constexpr = x_ptr.dtype.element_ty != tl.float32
-    y = FORWARD(load(x_ptr, offsets, valid), weight, LOW).to(y_ptr.dtype.element_ty)
-    if valid is None:
-        tl.store(y_ptr + offsets, y)
+def load_weight(
+    weight_ptr, row, column_block, columns, weights, BY_COLUMN: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """The weights of a tile, as a column or a row that broadcasts."""
+    if not BY_COLUMN:
+        channel = ((row % weights).to(tl.int32) + tl.arange(0, BLOCK_M)) % weights
+        return tl.load(weight_ptr + channel)[:, None]
     else:
-        tl.store(y_ptr + offsets, y, mask=valid)
+        column = column_block * BLOCK_K + tl.arange(0, BLOCK_K)
+        return tl.load(weight_ptr + column, mask=column < columns, other=0.0)[None, :]
+
+
+@triton.jit
+def forward_tile(
+    x_ptr, y_ptr, weight, offsets, valid, FORWARD: tl.constexpr, LOW: tl.constexpr
+):  # fmt: skip
+    store(y_ptr, offsets, FORWARD(load(x_ptr, offsets, valid), weight, LOW), valid)
 
 
 @triton.jit
 def forward_kernel(
-    x_ptr, y_ptr, weight_ptr, numel, row_count, column_count, channels, column_blocks,
-    FORWARD: tl.constexpr, BY_COLUMN: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
+    x_ptr, y_ptr, weight_ptr, numel, columns, weights, FORWARD: tl.constexpr,
+    BY_COLUMN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    block = tl.program_id(0).to(tl.int64)
-    row_block, column_block = block // column_blocks, block % column_blocks
-    rows = row_block * BM + tl.arange(0, BM)
-    columns = column_block.to(tl.int32) * BK + tl.arange(0, BK)
-    offsets = rows[:, None] * column_count + columns[None, :]
-    weight = weights_of(weight_ptr, rows, columns, channels, BY_COLUMN)
-    last_row, last_column = row_block * BM + BM - 1, column_block * BK + BK - 1
-    if (last_column < column_count) & (last_row * column_count + last_column < numel):
-        forward_tile(x_ptr, y_ptr, weight, offsets, None, FORWARD)
+    LOW: tl.constexpr = x_ptr.dtype.element_ty != tl.float32
+    row, column_block, start = tile_of(columns, BLOCK_M, BLOCK_K)
+    weight = load_weight(
+        weight_ptr, row, column_block, columns, weights, BY_COLUMN, BLOCK_M, BLOCK_K
+    )  # fmt: skip
+    offsets = offsets_of(columns, BLOCK_M, BLOCK_K)
+    left, columns_left = numel - start, columns - column_block.to(tl.int64) * BLOCK_K
+    if columns_left >= BLOCK_K and left >= (BLOCK_M - 1) * columns + BLOCK_K:
+        forward_tile(x_ptr + start, y_ptr + start, weight, offsets, None, FORWARD, LOW)
     else:
-        valid = (columns < column_count)[None, :] & (offsets < numel)
-        forward_tile(x_ptr, y_ptr, weight, offsets, valid, FORWARD)
+        valid = (offsets < left) & (tl.arange(0, BLOCK_K)[None, :] < columns_left)
+        forward_tile(x_ptr + start, y_ptr + start, weight, offsets, valid, FORWARD, LOW)
 
 
 @triton.jit
 def backward_tile(
-    grad_output_ptr, x_ptr, grad_input_ptr, weight, offsets, valid, DERIVATIVE, WEIGHT_DERIVATIVE,
-    BY_COLUMN: tl.constexpr,
+    grad_output_ptr, x_ptr, weight, grad_input_ptr, offsets, valid, DERIVATIVE: tl.constexpr,
+    WEIGHT_GRADIENT: tl.constexpr, LOW: tl.constexpr, BY_COLUMN: tl.constexpr,
 ):  # fmt: skip
-    LOW: tl.constexpr = x_ptr.dtype.element_ty != tl.float32
+    """Store the gradient of x; return the sums for the weights of the tile."""
     grad_output = load(grad_output_ptr, offsets, valid)
     x = load(x_ptr, offsets, valid)
-    grad_input = (grad_output * DERIVATIVE(x, weight, LOW)).to(grad_input_ptr.dtype.element_ty)
-    if valid is None:
-        tl.store(grad_input_ptr + offsets, grad_input)
-    else:
-        tl.store(grad_input_ptr + offsets, grad_input, mask=valid)
-    return tl.sum(grad_output * WEIGHT_DERIVATIVE(x, weight, LOW), axis=0 if BY_COLUMN else 1)
+    store(grad_input_ptr, offsets, grad_output * DERIVATIVE(x, weight, LOW), valid)
+    # What is not valid was loaded as 0, and a gradient of 0 adds nothing.
+    return tl.sum(WEIGHT_GRADIENT(grad_output, x, weight, LOW), axis=0 if BY_COLUMN else 1)
 
 
 @triton.jit
 def backward_kernel(
-    grad_output_ptr, x_ptr, grad_input_ptr, weight_ptr, partial_ptr, numel, row_count,
-    column_count, channels, column_blocks, DERIVATIVE: tl.constexpr,
-    WEIGHT_DERIVATIVE: tl.constexpr, BY_COLUMN: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
+    grad_output_ptr, x_ptr, grad_input_ptr, partials_ptr, weight_ptr, numel, columns, weights,
+    DERIVATIVE: tl.constexpr, WEIGHT_GRADIENT: tl.constexpr, BY_COLUMN: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    block = tl.program_id(0).to(tl.int64)
-    row_block, column_block = block // column_blocks, block % column_blocks
-    rows = row_block * BM + tl.arange(0, BM)
-    columns = column_block.to(tl.int32) * BK + tl.arange(0, BK)
-    offsets = rows[:, None] * column_count + columns[None, :]
-    weight = weights_of(weight_ptr, rows, columns, channels, BY_COLUMN)
-    last_row, last_column = row_block * BM + BM - 1, column_block * BK + BK - 1
-    if (last_column < column_count) & (last_row * column_count + last_column < numel):
-        partial = backward_tile(
-            grad_output_ptr, x_ptr, grad_input_ptr, weight, offsets, None, DERIVATIVE,
-            WEIGHT_DERIVATIVE, BY_COLUMN,
+    LOW: tl.constexpr = x_ptr.dtype.element_ty != tl.float32
+    row, column_block, start = tile_of(columns, BLOCK_M, BLOCK_K)
+    weight = load_weight(
+        weight_ptr, row, column_block, columns, weights, BY_COLUMN, BLOCK_M, BLOCK_K
+    )  # fmt: skip
+    offsets = offsets_of(columns, BLOCK_M, BLOCK_K)
+    left, columns_left = numel - start, columns - column_block.to(tl.int64) * BLOCK_K
+    grad_output_ptr += start
+    x_ptr += start
+    grad_input_ptr += start
+    if columns_left >= BLOCK_K and left >= (BLOCK_M - 1) * columns + BLOCK_K:
+        sums = backward_tile(
+            grad_output_ptr, x_ptr, weight, grad_input_ptr, offsets, None, DERIVATIVE,
+            WEIGHT_GRADIENT, LOW, BY_COLUMN,
         )  # fmt: skip
     else:
-        valid = (columns < column_count)[None, :] & (offsets < numel)
-        partial = backward_tile(
-            grad_output_ptr, x_ptr, grad_input_ptr, weight, offsets, valid, DERIVATIVE,
-            WEIGHT_DERIVATIVE, BY_COLUMN,
+        valid = (offsets < left) & (tl.arange(0, BLOCK_K)[None, :] < columns_left)
+        sums = backward_tile(
+            grad_output_ptr, x_ptr, weight, grad_input_ptr, offsets, valid, DERIVATIVE,
+            WEIGHT_GRADIENT, LOW, BY_COLUMN,
         )  # fmt: skip
-    if BY_COLUMN:
-        tl.store(partial_ptr + row_block * column_count + columns, partial, columns < column_count)
+    if not BY_COLUMN:
+        # One sum for each row and column block.
+        column_blocks = tl.cdiv(columns, BLOCK_K)
+        rows = tl.arange(0, BLOCK_M)
+        partials_ptr += row * column_blocks + column_block
+        inside = rows.to(tl.int64) * columns < left
+        tl.store(partials_ptr + rows.to(tl.int64) * column_blocks, sums, mask=inside)
     else:
-        tl.store(partial_ptr + rows * column_blocks + column_block, partial, rows < row_count)
+        # One sum for each row block and column.
+        column = column_block * BLOCK_K + tl.arange(0, BLOCK_K)
+        partials_ptr += row // BLOCK_M * columns
+        tl.store(partials_ptr + column, sums, mask=column < columns)
 
 
 def implementations(row) -> dict:
     """The implementation of each raw op of `row`, by name."""
-    FORWARD, DERIVATIVE, WEIGHT_DERIVATIVE = (
+    forward_function, derivative, weight_gradient = (
         getattr(triton_activations, f"{row.name}_{function}")
-        for function in ("forward", "derivative", "weight_derivative")
+        for function in ("forward", "derivative", "weight_gradient")
     )
 
-    def launch(kernel, matrix, x, *tensors_and_functions):
-        (blocks, column_blocks), tile = matrix.blocks(x.dtype), matrix.tile(x.dtype)
-        tensors = [one for one in tensors_and_functions if isinstance(one, Tensor)]
-        functions = tensors_and_functions[len(tensors) :]
-        sizes = x.numel(), matrix.rows, matrix.columns, matrix.channels, column_blocks
+    def launch(kernel, matrix, x, weight, *arguments):
+        *tensors, functions = arguments
+        row_blocks, column_blocks = matrix.blocks
         with torch.cuda.device_of(x):
-            kernel[(blocks * column_blocks,)](
-                *tensors, *sizes, *functions, matrix.by_column, *tile, num_warps=NUM_WARPS
+            kernel[(row_blocks * column_blocks,)](
+                *tensors,
+                weight,
+                x.numel(),
+                matrix.columns,
+                weight.numel(),
+                *functions,
+                matrix.by_column,
+                matrix.tile_rows,
+                matrix.tile_columns,
+                num_warps=NUM_WARPS,
             )
 
     def forward(x, weight):
@@ -177,7 +202,7 @@ def implementations(row) -> dict:
         if x.numel() > 0:
             x = with_layout_of(y, x)
             matrix = Matrix.of(x, weight.numel())
-            launch(forward_kernel, matrix, x, x, y, weight, FORWARD)
+            launch(forward_kernel, matrix, x, weight, x, y, (forward_function,))
         return y
 
     def backward(grad_output, x, weight):
@@ -187,24 +212,15 @@ def implementations(row) -> dict:
             return grad_input, torch.zeros_like(weight)
         x, grad_output = with_layout_of(grad_input, x), with_layout_of(grad_input, grad_output)
         matrix = Matrix.of(x, weight.numel())
-        blocks, column_blocks = matrix.blocks(x.dtype)
+        row_blocks, column_blocks = matrix.blocks
         if matrix.by_column:
-            partial = weight.new_empty(blocks, matrix.columns, 1)
+            partials = weight.new_empty(row_blocks, matrix.columns, 1)
         else:
-            outer = matrix.rows // matrix.channels
-            partial = weight.new_empty(outer, matrix.channels, column_blocks)
-        launch(
-            backward_kernel,
-            matrix,
-            x,
-            grad_output,
-            x,
-            grad_input,
-            weight,
-            partial,
-            DERIVATIVE,
-            WEIGHT_DERIVATIVE,
-        )
-        return grad_input, partial.sum((0, 2))
+            partials = weight.new_empty(
+                matrix.rows // weight.numel(), weight.numel(), column_blocks
+            )
+        tensors = grad_output, x, grad_input, partials
+        launch(backward_kernel, matrix, x, weight, *tensors, (derivative, weight_gradient))
+        return grad_input, partials.sum((0, 2))
 
     return {row.name: forward, f"{row.name}_backward": backward}
