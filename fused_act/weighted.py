@@ -15,7 +15,8 @@ import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
 from fused_act.activation import KernelFunction, call, function_class, kernels_for
-from fused_act.backends import DTYPES, PLAIN, Kernels
+from fused_act.backends import PLAIN, Kernels
+from fused_act.backends.eager import convert
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -25,12 +26,14 @@ class WeightedActivation:
     Args:
         name: names the ops (`prelu`, `prelu_backward`) and the Triton functions.
         torch_forward: `torch_forward(x, weight) -> y` in torch's own ops.
-        mixes_dtypes: whether the weight may have another dtype than `x`.
+        takes_fp32: whether the weight of a 16-bit `x` may be in fp32.
+        autocasts: whether autocast has torch's own op run in the lower precision.
     """
 
     name: str
     torch_forward: Callable[[Tensor, Tensor], Tensor]
-    mixes_dtypes: bool = False
+    takes_fp32: bool = False
+    autocasts: bool = False
     eager: Kernels = dataclasses.field(init=False)
     Function: type[KernelFunction] = dataclasses.field(init=False)
 
@@ -47,28 +50,28 @@ def channels(x: Tensor) -> int:
     return x.size(1) if x.dim() > 1 else 1
 
 
-def weighted_kernels_for(row: WeightedActivation, x: Tensor, weight: Tensor) -> Kernels:
-    """The kernels that compute `row`; torch's own op also for a weight that does not fit.
+def fits(row: WeightedActivation, x: Tensor, weight: Tensor) -> bool:
+    """Whether the kernels take `weight` with an `x` that they take.
 
-    Its error is then torch's.
+    What they do not take is torch's, whose error says what is wrong with it.
     """
-    kernels = kernels_for(row, x)
-    if kernels is row.eager:
-        return kernels
-    fits = (
+    return (
         type(weight) in PLAIN
+        and weight.layout is torch.strided
         and weight.device == x.device
-        and (weight.dtype is x.dtype or (row.mixes_dtypes and weight.dtype in DTYPES))
+        and (weight.dtype is x.dtype or (row.takes_fp32 and weight.dtype is torch.float32))
         and weight.dim() <= 1
         and weight.numel() in (1, channels(x))
     )
-    return kernels if fits else row.eager
 
 
 def activate_weighted(row: WeightedActivation, x: Tensor, weight: Tensor) -> Tensor:
     """Compute `row` of `x`, recording it for autograd where `x` or `weight` requires grad."""
-    kernels = weighted_kernels_for(row, x, weight)
-    if kernels is row.eager:
+    kernels = kernels_for(row, x)
+    if kernels is not row.eager and row.autocasts and torch.is_autocast_enabled(x.device.type):
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, weight = x.to(dtype), weight.to(dtype)
+    if kernels is row.eager or not fits(row, x, weight):
         return row.torch_forward(x, weight)
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
         if torch.compiler.is_compiling():
@@ -80,14 +83,17 @@ def activate_weighted(row: WeightedActivation, x: Tensor, weight: Tensor) -> Ten
 
 def as_vector(weight: Tensor) -> Tensor:
     """The weight as the kernels take it."""
-    return weight.detach().float().reshape(-1)
+    return convert(weight, torch.float32).reshape(-1).contiguous()
 
 
 def make_function(row: WeightedActivation) -> type[KernelFunction]:
     """The `torch.autograd.Function` of `row`: `apply(x, weight) -> y`."""
 
     def forward(ctx, x, weight, kernels=None):
-        ctx.kernels = weighted_kernels_for(row, x, weight) if kernels is None else kernels
+        if kernels is None:
+            kernels = kernels_for(row, x) if fits(row, x, weight) else row.eager
+        # CUDA's backward runs on engine threads and maybe after `use_backend` has ended.
+        ctx.kernels = kernels
         ctx.save_for_backward(x, weight)
         if ctx.kernels is row.eager:
             return row.torch_forward(x, weight)
@@ -101,7 +107,9 @@ def make_function(row: WeightedActivation) -> type[KernelFunction]:
         if ctx.kernels is row.eager or differentiable:
             return (*torch_gradients(row, ctx, x, weight, grad_output), None)
         grad_input, grad_weight = call(ctx.kernels.backward, grad_output, x, as_vector(weight))
-        return grad_input, grad_weight.to(weight.dtype).reshape(weight.shape), None
+        grad_weight = convert(grad_weight, weight.dtype).reshape(weight.shape)
+        needs_input, needs_weight = ctx.needs_input_grad[:2]
+        return (grad_input if needs_input else None), (grad_weight if needs_weight else None), None
 
     return function_class(row, "Function", "x", forward, backward)
 

@@ -12,7 +12,7 @@ from torch.jit import is_scripting
 
 from fused_act.weighted import WeightedActivation, activate_weighted
 
-PRELU = WeightedActivation(name="prelu", torch_forward=F.prelu)
+PRELU = WeightedActivation(name="prelu", torch_forward=F.prelu, autocasts=True)
 
 
 def prelu(x: Tensor, weight: Tensor) -> Tensor:
@@ -37,10 +37,6 @@ def prelu(x: Tensor, weight: Tensor) -> Tensor:
     """
     if is_scripting():
         return F.prelu(x, weight)
-    if isinstance(x, Tensor) and torch.is_autocast_enabled(x.device.type):
-        dtype = torch.get_autocast_dtype(x.device.type)  # as autocast does with torch's own
-        if x.is_floating_point() and x.dtype is not torch.float64:
-            x, weight = x.to(dtype), weight.to(dtype)
     return activate_weighted(PRELU, x, weight)
 
 

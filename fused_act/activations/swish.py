@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.jit import is_scripting
 
 from fused_act.activation import Activation, activate, as_float
-from fused_act.weighted import WeightedActivation, activate_weighted
+from fused_act.weighted import WeightedActivation, activate_weighted, channels
 
 
 def exponential(x: Tensor, beta: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -71,22 +71,36 @@ SWISH = Activation(
 
 
 def torch_learnable(x: Tensor, beta: Tensor) -> Tensor:
-    """The definition, with a beta for each channel, which is dimension 1, or with one."""
-    if beta.numel() > 1:
-        if x.dim() < 2 or beta.shape != (x.size(1),):
-            channels = x.size(1) if x.dim() > 1 else 1
-            raise ValueError(
-                f"swish: expected beta to have 1 or {channels} elements for x of shape "
-                f"{tuple(x.shape)}, got shape {tuple(beta.shape)}"
-            )
-        beta = beta.view(-1, *[1] * (x.dim() - 2))
+    """The definition, with one beta or with one for each channel, which is dimension 1."""
+    if x.dim() > 1:
+        beta = beta.reshape([1, -1] + [1] * (x.dim() - 2))
     else:
-        beta = beta.reshape(())
-    return x * torch.sigmoid(beta.to(x.dtype) * x)
+        beta = beta.reshape([1] * x.dim())
+    return (x * torch.sigmoid(beta * x)).to(x.dtype)
+
+
+torch.fx.wrap("torch_learnable")  # a node of the graph: a symbolic x has no number of dimensions
+
+
+def checked_learnable(x: Tensor, beta: Tensor) -> Tensor:
+    """`torch_learnable`, or an error for a beta that does not fit."""
+    if not (x.is_floating_point() or x.is_complex()):
+        raise TypeError(f"swish: expected x to be floating point or complex, got {x.dtype}")
+    if beta.dtype not in (x.dtype, torch.float32):
+        expected = " or ".join(dict.fromkeys(map(str, (x.dtype, torch.float32))))
+        raise TypeError(f"swish: expected beta to be {expected}, got {beta.dtype}")
+    if torch.jit.is_tracing():  # where sizes are tensors
+        return torch_learnable(x, beta)
+    if beta.dim() > 1 or beta.numel() not in (1, channels(x)):
+        raise ValueError(
+            f"swish: expected beta of shape (1,) or ({channels(x)},) for x of shape "
+            f"{tuple(x.shape)}, got {tuple(beta.shape)}"
+        )
+    return torch_learnable(x, beta)
 
 
 LEARNABLE_SWISH = WeightedActivation(
-    name="learnable_swish", torch_forward=torch_learnable, mixes_dtypes=True
+    name="learnable_swish", torch_forward=checked_learnable, takes_fp32=True
 )
 
 
@@ -101,8 +115,8 @@ def swish(x: Tensor, beta: float | Tensor = 1.0, inplace: bool = False) -> Tenso
         x: any shape and strides. On a GPU float16, bfloat16 and float32 run fused kernels; all
             other tensors, and all other devices, get `torch.nn.functional.silu` (beta = 1) or
             `x * torch.sigmoid(beta * x)`.
-        beta: a float, at most 2.3e38 in magnitude; or a floating point tensor, to be learnt, of
-            one element or one for each channel, which is dimension 1 of `x`.
+        beta: a float, at most 2.3e38 in magnitude; or a tensor, to be learnt, of shape (), (1,) or
+            (x.size(1),), in the dtype of `x` or in float32: one for each channel, or one for all.
         inplace: write the result into `x`; not with a tensor `beta`.
 
     Returns:
@@ -117,19 +131,15 @@ def swish(x: Tensor, beta: float | Tensor = 1.0, inplace: bool = False) -> Tenso
         RuntimeError: as `torch.nn.functional.silu`, for dtypes that it does not support and for
             `inplace` on a leaf that requires grad.
     """
-    if isinstance(beta, Tensor):
-        return learnable_swish(x, beta, inplace)
     if is_scripting():
+        if isinstance(beta, Tensor):
+            return torch_learnable(x, beta)
         return torch_forward(x, beta, inplace)
-    return activate(SWISH, x, inplace, as_float("swish", "beta", beta, LARGEST_BETA))
-
-
-def learnable_swish(x: Tensor, beta: Tensor, inplace: bool) -> Tensor:
+    if not isinstance(beta, (Tensor, torch.fx.Proxy)):
+        return activate(SWISH, x, inplace, as_float("swish", "beta", beta, LARGEST_BETA))
     if inplace:
         raise ValueError("swish: expected inplace=False with a tensor beta, got True")
-    if not beta.is_floating_point():
-        raise TypeError(f"swish: expected beta to be floating point, got {beta.dtype}")
-    if is_scripting():
+    if isinstance(x, torch.fx.Proxy):
         return torch_learnable(x, beta)
     return activate_weighted(LEARNABLE_SWISH, x, beta)
 
