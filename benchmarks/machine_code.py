@@ -23,6 +23,7 @@ import torch
 
 from fused_act.activation import Activation
 from fused_act.activations import ACTIVATIONS
+from fused_act.weighted import WeightedActivation
 
 TRITON_TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 CUDA_TYPES = {torch.float16: "c10::Half", torch.bfloat16: "c10::BFloat16", torch.float32: "float"}
@@ -226,10 +227,6 @@ def compile_triton(
     Returns:
         Triton's compiled kernel, whose `asm` holds "ptx" and "cubin".
     """
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
     from fused_act.backends import triton_activations, triton_kernels
 
     def math(function: str):
@@ -250,34 +247,75 @@ def compile_triton(
         function = "gradient" if masked else direction.replace("backward", "derivative")
         constants = {"BACKWARD": math(function.replace(" ", "_")), "FROM_MASK": masked}
     constants |= {"BLOCK_SIZE": triton_kernels.block_size(dtype)}
+    options = triton_kernels.launch_options(kernel, masked)
+    return compile_ahead(kernel, signature, constants, capability, options)
+
+
+def compile_triton_weighted(
+    activation: WeightedActivation,
+    direction: str,
+    by_column: bool,
+    dtype: torch.dtype,
+    capability: int,
+):
+    """As `compile_triton`, for a weight of each row or column, of which 16 divides the length."""
+    from fused_act.backends import triton_activations, triton_weighted
+
+    shape = (64, 128, 1, 1) if by_column else (64, 64, 64, 64)
+    x = torch.empty(shape, dtype=dtype, device="meta")
+    matrix = triton_weighted.Matrix.of(x, x.size(1))
+    kernel = getattr(triton_weighted, f"{direction}_kernel")
+    functions = ("forward",) if direction == "forward" else ("derivative", "weight_gradient")
+    constants = {
+        function.upper(): getattr(triton_activations, f"{activation.name}_{function}")
+        for function in functions
+    }
+    constants |= {"BY_COLUMN": by_column}
+    constants |= {"BLOCK_M": matrix.tile_rows, "BLOCK_K": matrix.tile_columns}
+    fp32 = {"weight_ptr": "*fp32", "partials_ptr": "*fp32"}
+    sizes = {"numel": "i64", "columns": "i32", "weights": "i32"}
+    signature = {
+        name: fp32.get(name) or sizes.get(name) or f"*{TRITON_TYPES[dtype]}"
+        for name in kernel.arg_names
+    }
+    options = triton_weighted.launch_options()
+    return compile_ahead(kernel, signature, constants, capability, options, ("columns", "weights"))
+
+
+def compile_ahead(kernel, signature, constants, capability, options, divisible=()):
+    """Compile for aligned pointers, and for numbers called `divisible` that 16 divides."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
     signature |= dict.fromkeys(constants, "constexpr")
     signature = {name: signature[name] for name in kernel.arg_names}
     aligned = {
         (position,): [["tt.divisibility", 16]]
-        for position, type_ in enumerate(signature.values())
-        if isinstance(type_, str) and type_.startswith("*")
+        for position, (name, type_) in enumerate(signature.items())
+        if isinstance(type_, str) and (type_.startswith("*") or name in divisible)
     }
     source = ASTSource(kernel, signature=signature, constexprs=constants, attrs=aligned)
-    target = GPUTarget("cuda", capability, 32)
-    return triton.compile(
-        source, target=target, options=triton_kernels.launch_options(kernel, masked)
-    )
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 
 def triton_kernel(
     activation: Activation, direction: str, masked: bool, dtype: torch.dtype, capability: int
 ) -> Kernel:
     """The machine code of a Triton kernel; the arguments are those of `compile_triton`."""
+    compiled = compile_triton(activation, direction, masked, dtype, capability)
+    return triton_machine_code(compiled, f"triton {activation.name}", dtype)
+
+
+def triton_machine_code(compiled, name: str, dtype: torch.dtype) -> Kernel:
+    """The machine code of a kernel that Triton compiled."""
     from fused_act.backends import triton_kernels
 
-    compiled = compile_triton(activation, direction, masked, dtype, capability)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(compiled.asm["cubin"])
-        ((name, function),) = disassemble(path).items()
-    return Kernel(
-        f"triton {activation.name} {name}", *function, 32 * triton_kernels.NUM_WARPS, dtype
-    )
+        ((symbol, function),) = disassemble(path).items()
+    return Kernel(f"{name} {symbol}", *function, 32 * triton_kernels.NUM_WARPS, dtype)
 
 
 def cuda_kernels(library: Path, capability: int) -> dict[str, Function]:
@@ -299,13 +337,23 @@ def cuda_kernel(
     element = re.escape(CUDA_TYPES[dtype])
     kernel, _, from_output = direction.partition(" ")
     pattern = (
-        rf"{kernel}_kernel<(\d+), {str(masked).lower()}, "
+        rf"::{kernel}_kernel<(\d+), {str(masked).lower()}, "
         rf"{'fused_act::FromOutput<' if from_output else ''}"
         rf"fused_act::{activation.name.replace('_', '')}<{element}>"
     )
     matches = (re.search(pattern, name, flags=re.IGNORECASE) for name in kernels)
     widest = max(filter(None, matches), key=lambda match: int(match[1]))
     return Kernel(widest.string, *kernels[widest.string], CUDA_THREADS, dtype)
+
+
+def cuda_weighted_kernel(
+    kernels: dict[str, Function], struct: str, direction: str, by_column: bool, dtype: torch.dtype
+) -> Kernel:
+    """The kernel for aligned tensors of an activation with a weight, by the name of its struct."""
+    element, width = CUDA_TYPES[dtype], 16 // dtype.itemsize
+    variant = f"{width}, {str(by_column).lower()}, fused_act::{struct}, {element}"
+    (name,) = (name for name in kernels if f"weighted_{direction}_kernel<{variant}>" in name)
+    return Kernel(name, *kernels[name], CUDA_THREADS, dtype)
 
 
 def aten_kernels(library: Path, capability: int) -> dict[str, Function]:

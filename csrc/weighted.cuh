@@ -12,7 +12,6 @@ namespace fused_act {
 // Of a tile whose columns have weights: one cache line. Wider ones have few rows to sum over.
 constexpr int kColumnBytes = 128;
 constexpr int kWarp = 32;
-constexpr int kWeightedBackwardBlocks = 4;  // 64 registers a thread
 
 // A dense tensor as its memory has it: rows of `columns` elements, the last of which may be short.
 // Rows have the weights in turn, or columns have them (channels_last, or a batch of vectors).
@@ -66,12 +65,13 @@ struct Place {
   int row_step;  // from one run to the next
   bool full;     // whether the whole tile lies inside
 
-  __host__ __device__ Place(const Matrix& matrix, int64_t block, int thread) {
+  __host__ __device__ Place(const Matrix& matrix, int block, int thread) {
     constexpr int kRuns = Tile<T, kWidth>::kRuns;
     row_step = kThreads >> matrix.log_across;
-    // 64 bits: there may be more than 2^31 elements.
+    // Of 32 bits, for a division in 64 costs as much as some elements do. All else has 64: there
+    // may be more than 2^31 elements.
     row_block = block / matrix.column_blocks;
-    column_block = static_cast<int>(block % matrix.column_blocks);
+    column_block = block % matrix.column_blocks;
     const int64_t first_row = row_block * (kRuns * row_step);
     const int64_t first_column = static_cast<int64_t>(column_block) * (matrix.across() * kWidth);
     const int64_t end = first_column + matrix.across() * kWidth;
@@ -144,7 +144,6 @@ __host__ __device__ __forceinline__ PerWeight<kByColumn, T, kWidth> load_weights
     if constexpr (kByColumn) {
       result.values[i] = place.column + i < matrix.columns ? weight[place.column + i] : 0.0f;
     } else {
-      // A division in 64 bits costs as much as some elements do.
       const int64_t row = place.row + i * place.row_step;
       result.values[i] = weight[matrix.weights == 1 ? 0 : row % matrix.weights];
     }
@@ -207,7 +206,7 @@ __host__ __device__ __forceinline__ PerWeight<kByColumn, T, kWidth> weighted_bac
 template <bool kByColumn, template <typename> class Activation, int kWidth, typename T>
 __host__ __device__ __forceinline__ void weighted_forward_thread(const T* x, const float* weight,
                                                                  T* y, const Matrix& matrix,
-                                                                 int64_t block, int thread) {
+                                                                 int block, int thread) {
   const Place<T, kWidth> place(matrix, block, thread);
   if (place.full) {
     weighted_forward_tile<true, kByColumn, Activation>(x, weight, y, matrix, place);
@@ -274,6 +273,7 @@ __device__ __forceinline__ void sum_over_threads(float (&values)[kCount], int ac
   const bool stands_first = kByColumn ? threadIdx.x < across : threadIdx.x % across == 0;
   const int threads = kByColumn ? kThreads : across;
   if (stands_first) {
+#pragma unroll 1
     for (int other = kWarp; other < threads; other += kWarp) {
 #pragma unroll
       for (int i = 0; i < kCount; i++) {
@@ -290,8 +290,13 @@ __global__ void __launch_bounds__(kThreads)
                                                          threadIdx.x);
 }
 
+// Blocks per SM that backward is compiled for: 80 registers a thread where it has the weights and
+// the sums of kWidth columns, else 64.
+template <bool kByColumn>
+constexpr int kWeightedBackwardBlocks = kByColumn ? 3 : 4;
+
 template <int kWidth, bool kByColumn, template <typename> class Activation, typename T>
-__global__ void __launch_bounds__(kThreads, kWeightedBackwardBlocks)
+__global__ void __launch_bounds__(kThreads, kWeightedBackwardBlocks<kByColumn>)
     weighted_backward_kernel(const T* grad_output, const T* x, const float* weight, T* grad_input,
                              float* sums, Matrix matrix) {
   const Place<T, kWidth> place(matrix, blockIdx.x, threadIdx.x);
