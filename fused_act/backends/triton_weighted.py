@@ -172,11 +172,6 @@ def backward_kernel(
         tl.store(partials_ptr + column, sums, mask=column < columns)
 
 
-def launch_options() -> dict[str, int]:
-    """What the kernels are compiled with."""
-    return {"num_warps": NUM_WARPS}
-
-
 def implementations(row) -> dict:
     """The implementation of each raw op of `row`, by name."""
     forward_function, derivative, weight_gradient = (
@@ -198,7 +193,7 @@ def implementations(row) -> dict:
                 matrix.by_column,
                 matrix.tile_rows,
                 matrix.tile_columns,
-                **launch_options(),
+                num_warps=NUM_WARPS,
             )
 
     def forward(x, weight):
