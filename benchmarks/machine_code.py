@@ -24,6 +24,7 @@ import torch
 from fused_act.activation import Activation
 from fused_act.activations import ACTIVATIONS
 from fused_act.mirrored import MirroredActivation
+from fused_act.weighted import WeightedActivation
 
 TRITON_TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 CUDA_TYPES = {torch.float16: "c10::Half", torch.bfloat16: "c10::BFloat16", torch.float32: "float"}
@@ -280,6 +281,37 @@ def compile_mirrored(
     return compile_ahead(kernel, signature, constants, capability, options, divisible)
 
 
+def compile_triton_weighted(
+    activation: WeightedActivation,
+    direction: str,
+    by_column: bool,
+    dtype: torch.dtype,
+    capability: int,
+):
+    """As `compile_triton`, for a weight of each row or column, of which 16 divides the length."""
+    from fused_act.backends import triton_activations, triton_kernels, triton_weighted
+
+    shape = (64, 128, 1, 1) if by_column else (64, 64, 64, 64)
+    x = torch.empty(shape, dtype=dtype, device="meta")
+    matrix = triton_weighted.Matrix.of(x, x.size(1))
+    kernel = getattr(triton_weighted, f"{direction}_kernel")
+    functions = ("forward",) if direction == "forward" else ("derivative", "weight_gradient")
+    constants = {
+        function.upper(): getattr(triton_activations, f"{activation.name}_{function}")
+        for function in functions
+    }
+    constants |= {"BY_COLUMN": by_column}
+    constants |= {"BLOCK_M": matrix.tile_rows, "BLOCK_K": matrix.tile_columns}
+    fp32 = {"weight_ptr": "*fp32", "partials_ptr": "*fp32"}
+    sizes = {"numel": "i64", "columns": "i32", "weights": "i32"}
+    signature = {
+        name: fp32.get(name) or sizes.get(name) or f"*{TRITON_TYPES[dtype]}"
+        for name in kernel.arg_names
+    }
+    options = {"num_warps": triton_kernels.NUM_WARPS}
+    return compile_ahead(kernel, signature, constants, capability, options, ("columns", "weights"))
+
+
 def compile_ahead(
     kernel,
     signature: dict[str, object],
@@ -381,6 +413,16 @@ def widest_kernel(kernels: dict[str, Function], pattern: str, dtype: torch.dtype
     matches = (re.search(pattern, name, flags=re.IGNORECASE) for name in kernels)
     widest = max(filter(None, matches), key=lambda match: int(match[1]))
     return Kernel(widest.string, *kernels[widest.string], CUDA_THREADS, dtype)
+
+
+def cuda_weighted_kernel(
+    kernels: dict[str, Function], struct: str, direction: str, by_column: bool, dtype: torch.dtype
+) -> Kernel:
+    """The kernel for aligned tensors of an activation with a weight, by the name of its struct."""
+    element, width = CUDA_TYPES[dtype], 16 // dtype.itemsize
+    variant = f"{width}, {str(by_column).lower()}, fused_act::{struct}, {element}"
+    (name,) = (name for name in kernels if f"weighted_{direction}_kernel<{variant}>" in name)
+    return Kernel(name, *kernels[name], CUDA_THREADS, dtype)
 
 
 def aten_kernels(library: Path, capability: int) -> dict[str, Function]:

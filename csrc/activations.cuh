@@ -2,6 +2,8 @@
 //
 // The derivative is one of x, or of y where that is saved (derivative_from_output). Where a mask is
 // saved, `passes` tells of x whether the gradient passes, and `gradient` what comes through.
+// Where the parameter is a learnable weight, `weight_gradient` is what an element adds to its
+// gradient.
 //
 // T is the tensor's element. 16-bit results need fewer bits: there e^x is scaled by 2^32, so that
 // it does not underflow before the product with x does. fp32 has no bits to spare for the larger
@@ -70,9 +72,9 @@ struct Swish {
 
   // beta x, clamped to where the exponential is finite, and what rounding took from it: without
   // that the result is off by beta x / 2 ULP.
-  __host__ __device__ Sum argument(float x) const {
+  __host__ __device__ Sum argument(float x, float minimum = -240.0f, float maximum = 128.0f) const {
     const float z = x * beta;
-    const float clamped = clamp(z, -240.0f, 128.0f);
+    const float clamped = clamp(z, minimum, maximum);
     return {clamped, clamped == z ? fmaf(x, beta, -z) : 0.0f};
   }
 
@@ -103,6 +105,25 @@ struct Swish {
       const float s = reciprocal_approx(1.0f + e);
       return tail ? ((1.0f + z) * e) * e : s * fmaf(z, e * s, 1.0f);
     }
+  }
+
+  // With a learnable beta: x^2 s (1 - s) is the square of u = x h / (1 + h^2) with h = e^(-|z| /
+  // 2). A factor at a time, or 0 times infinity would come of a large x. In the tail of fp32 u is x
+  // h, where h = e^(-|z| / 4) twice does not flush early.
+  __host__ __device__ float weight_gradient(float grad_output, float x) const {
+    float u;
+    if constexpr (kLow) {
+      const float h = exp2_approx(-fabsf(x * (beta * (0.5f * kLog2e))));
+      u = x * (h * reciprocal_approx(fmaf(h, h, 1.0f)));
+    } else {
+      const auto [z, z_low] = argument(x, -480.0f, 480.0f);
+      const bool tail = fabsf(z) > -kTail;
+      const float half = tail ? 0.25f : 0.5f;
+      const float scale = z > 0.0f ? -half : half;
+      const float h = exp_compensated(scale * z, scale * z_low);
+      u = (x * h) * (tail ? h : reciprocal_approx(fmaf(h, h, 1.0f)));
+    }
+    return (grad_output * u) * u;
   }
 };
 
@@ -143,6 +164,21 @@ struct LeakyReLU {
 
   __host__ __device__ float gradient(float grad_output, bool passes) const {
     return passes ? grad_output : grad_output * negative_slope;
+  }
+};
+
+// y = x where x > 0, else weight x, arXiv:1502.01852:   y' = 1 or weight.
+template <typename T>
+struct PReLU {
+  float weight;
+
+  __host__ __device__ float forward(float x) const { return x > 0.0f ? x : x * weight; }
+
+  __host__ __device__ float derivative(float x) const { return x > 0.0f ? 1.0f : weight; }
+
+  // Not a product with 0: a gradient of inf or NaN that does not reach the weight leaves 0.
+  __host__ __device__ float weight_gradient(float grad_output, float x) const {
+    return x > 0.0f ? 0.0f : grad_output * x;
   }
 };
 

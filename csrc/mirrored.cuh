@@ -9,7 +9,7 @@
 
 namespace fused_act {
 
-struct Matrix {
+struct MirroredMatrix {
   int64_t rows, columns;
 
   // A run is what a thread takes at a time: the elements of a mask byte, fewer at the end of a row.
@@ -20,7 +20,7 @@ template <typename T>
 constexpr int kRunsPerThread = kElementsPerThread<T> / 8;
 
 template <typename T>
-int64_t mirrored_block_count(Matrix matrix) {
+int64_t mirrored_block_count(MirroredMatrix matrix) {
   constexpr int64_t kRuns = kThreads * kRunsPerThread<T>;
   return (matrix.rows * matrix.runs_of_row() + kRuns - 1) / kRuns;
 }
@@ -34,7 +34,7 @@ struct Run {
 // The run that a thread takes `count`-th. A warp's runs lie side by side, so that accesses
 // coalesce.
 template <typename T>
-__host__ __device__ __forceinline__ Run find_run(Matrix matrix, int64_t block, int thread,
+__host__ __device__ __forceinline__ Run find_run(MirroredMatrix matrix, int64_t block, int thread,
                                                  int count) {
   const int64_t index = (block * kRunsPerThread<T> + count) * kThreads + thread;
   const int64_t runs_of_row = matrix.runs_of_row();
@@ -54,7 +54,8 @@ struct RunsOfThread {
   Run runs[kRunsPerThread<T>];
   bool full = true;
 
-  __host__ __device__ __forceinline__ RunsOfThread(Matrix matrix, int64_t block, int thread) {
+  __host__ __device__ __forceinline__ RunsOfThread(MirroredMatrix matrix, int64_t block,
+                                                   int thread) {
 #pragma unroll
     for (int i = 0; i < kRunsPerThread<T>; i++) {
       runs[i] = find_run<T>(matrix, block, thread, i);
@@ -146,7 +147,8 @@ __host__ __device__ __forceinline__ void activate_part(Activation activation, co
 // What thread `thread` of block `block` does.
 template <int kWidth, bool kMasked, typename Activation, typename T>
 __host__ __device__ __forceinline__ void mirrored_forward_thread(Activation activation, const T* x,
-                                                                 T* y, uint8_t* mask, Matrix matrix,
+                                                                 T* y, uint8_t* mask,
+                                                                 MirroredMatrix matrix,
                                                                  int64_t block, int thread) {
   const RunsOfThread<T> at(matrix, block, thread);
   const int64_t mask_row = matrix.runs_of_row();
@@ -182,11 +184,9 @@ __host__ __device__ __forceinline__ void mirrored_forward_thread(Activation acti
 }
 
 template <int kWidth, typename Activation, typename T>
-__host__ __device__ __forceinline__ void mirrored_backward_thread(Activation activation,
-                                                                  const T* grad_output,
-                                                                  const uint8_t* mask,
-                                                                  T* grad_input, Matrix matrix,
-                                                                  int64_t block, int thread) {
+__host__ __device__ __forceinline__ void mirrored_backward_thread(
+    Activation activation, const T* grad_output, const uint8_t* mask, T* grad_input,
+    MirroredMatrix matrix, int64_t block, int thread) {
   const RunsOfThread<T> at(matrix, block, thread);
   const int64_t mask_row = matrix.runs_of_row();
   if (at.full) {
@@ -228,7 +228,7 @@ __host__ __device__ __forceinline__ void mirrored_backward_thread(Activation act
 
 // Call `run` with the widest access that rows of x, one after the other from there, allow.
 template <typename T, typename Function>
-void with_widest_access_to_rows(Function run, Matrix matrix, const void* a, const void* b) {
+void with_widest_access_to_rows(Function run, MirroredMatrix matrix, const void* a, const void* b) {
   const auto step = static_cast<uintptr_t>(matrix.columns * sizeof(T));
   with_widest_access<T, 8 * sizeof(T)>(run, a, b, reinterpret_cast<const void*>(step));
 }
@@ -236,7 +236,8 @@ void with_widest_access_to_rows(Function run, Matrix matrix, const void* a, cons
 #if defined(__CUDACC__)
 template <int kWidth, bool kMasked, typename Activation, typename T>
 __global__ void __launch_bounds__(kThreads)
-    mirrored_forward_kernel(Activation activation, const T* x, T* y, uint8_t* mask, Matrix matrix) {
+    mirrored_forward_kernel(Activation activation, const T* x, T* y, uint8_t* mask,
+                            MirroredMatrix matrix) {
   mirrored_forward_thread<kAccess<T, kWidth>, kMasked>(activation, x, y, mask, matrix, blockIdx.x,
                                                        threadIdx.x);
 }
@@ -244,14 +245,14 @@ __global__ void __launch_bounds__(kThreads)
 template <int kWidth, typename Activation, typename T>
 __global__ void __launch_bounds__(kThreads, kBackwardBlocks)
     mirrored_backward_kernel(Activation activation, const T* grad_output, const uint8_t* mask,
-                             T* grad_input, Matrix matrix) {
+                             T* grad_input, MirroredMatrix matrix) {
   mirrored_backward_thread<kAccess<T, kWidth>>(activation, grad_output, mask, grad_input, matrix,
                                                blockIdx.x, threadIdx.x);
 }
 
 template <bool kMasked, typename Activation, typename T>
-void launch_mirrored_forward(Activation activation, const T* x, T* y, uint8_t* mask, Matrix matrix,
-                             cudaStream_t stream) {
+void launch_mirrored_forward(Activation activation, const T* x, T* y, uint8_t* mask,
+                             MirroredMatrix matrix, cudaStream_t stream) {
   with_widest_access_to_rows<T>(
       [&](auto width) {
         mirrored_forward_kernel<decltype(width)::value, kMasked>
@@ -263,7 +264,7 @@ void launch_mirrored_forward(Activation activation, const T* x, T* y, uint8_t* m
 
 template <typename Activation, typename T>
 void launch_mirrored_backward(Activation activation, const T* grad_output, const uint8_t* mask,
-                              T* grad_input, Matrix matrix, cudaStream_t stream) {
+                              T* grad_input, MirroredMatrix matrix, cudaStream_t stream) {
   with_widest_access_to_rows<T>(
       [&](auto width) {
         mirrored_backward_kernel<decltype(width)::value>

@@ -18,6 +18,7 @@
 #include "activations.cuh"
 #include "elementwise.cuh"
 #include "mirrored.cuh"
+#include "weighted.cuh"
 
 // Only libtorch_cuda has this one. Weak, or the library would not load in a CPU build of torch.
 extern "C" __attribute__((weak)) AOTITorchError
@@ -288,7 +289,7 @@ struct Ops {
 
 // A dense x as a matrix, along `dim`, and y: as fused_act.mirrored.Layout has it.
 struct Layout {
-  Matrix matrix;
+  MirroredMatrix matrix;
   std::vector<int64_t> shape, stride;
 
   Layout(torch::headeronly::IntHeaderOnlyArrayRef x_shape,
@@ -426,6 +427,106 @@ void implement(StableLibrary& library, const std::string& name) {
   }
 }
 
+// The ops of one activation with a weight.
+template <template <typename> class Activation>
+struct WeightedOps {
+  static void check_weight(const Tensor& x, const Tensor& weight) {
+    const int64_t channels = x.dim() > 1 ? x.size(1) : 1;
+    STD_TORCH_CHECK(weight.is_cuda() && weight.get_device_index() == x.get_device_index() &&
+                        weight.scalar_type() == ScalarType::Float && weight.is_contiguous() &&
+                        weight.dim() == 1 && (weight.numel() == 1 || weight.numel() == channels),
+                    "fused_act: expected a contiguous float32 weight of 1 or ", channels,
+                    " elements, got ", weight.numel());
+  }
+
+  // Call `run` with the width of accesses and whether columns have the weights.
+  template <typename T, typename Run, typename... Pointers>
+  static void with_variant(const Tensor& x, const Tensor& weight, Run run, Pointers... pointers) {
+    const int64_t inner = weight.numel() == 1 ? 0 : x.stride(1);
+    auto with_width = [&](auto width) {
+      using Chosen = Tile<T, decltype(width)::value>;
+      if (inner == 1) {
+        run(width, std::true_type{},
+            Chosen::template matrix<true>(x.numel(), weight.numel(), inner));
+      } else {
+        run(width, std::false_type{},
+            Chosen::template matrix<false>(x.numel(), weight.numel(), inner));
+      }
+    };
+    with_widest_weighted_access<T>(with_width, weight.numel(), inner, pointers...);
+  }
+
+  static Tensor forward(const Tensor& input, const Tensor& weight) {
+    check_match(input, input);
+    check_weight(input, weight);
+    const DeviceGuard guard(input.get_device_index());
+    Tensor y = torch::stable::empty_like(input);
+    if (input.numel() == 0) {
+      return y;
+    }
+    const Tensor x = with_layout_of(y, input);
+    const cudaStream_t stream = current_stream(x);
+    with_element_type(x, [&](auto element) {
+      using T = decltype(element);
+      const T* x_ptr = static_cast<const T*>(x.const_data_ptr());
+      T* y_ptr = static_cast<T*>(y.mutable_data_ptr());
+      auto launch = [&](auto width, auto by_column, const WeightedMatrix& matrix) {
+        constexpr int kWidth = decltype(width)::value;
+        weighted_forward_kernel<kWidth, decltype(by_column)::value, Activation>
+            <<<Tile<T, kWidth>::blocks(matrix), kThreads, 0, stream>>>(
+                x_ptr, static_cast<const float*>(weight.const_data_ptr()), y_ptr, matrix);
+      };
+      with_variant<T>(x, weight, launch, x_ptr, y_ptr);
+    });
+    check_launch();
+    return y;
+  }
+
+  static std::tuple<Tensor, Tensor> backward(const Tensor& grad_output, const Tensor& input,
+                                             const Tensor& weight) {
+    check_match(grad_output, input);
+    check_weight(input, weight);
+    const DeviceGuard guard(input.get_device_index());
+    Tensor grad_input = torch::stable::empty_like(input);
+    if (input.numel() == 0) {
+      return {grad_input, torch::stable::new_zeros(weight, weight.sizes())};
+    }
+    const Tensor grad = with_layout_of(grad_input, grad_output);
+    const Tensor x = with_layout_of(grad_input, input);
+    const cudaStream_t stream = current_stream(x);
+    Tensor sums;
+    with_element_type(x, [&](auto element) {
+      using T = decltype(element);
+      const T* grad_ptr = static_cast<const T*>(grad.const_data_ptr());
+      const T* x_ptr = static_cast<const T*>(x.const_data_ptr());
+      T* result_ptr = static_cast<T*>(grad_input.mutable_data_ptr());
+      auto launch = [&](auto width, auto by_column, const WeightedMatrix& matrix) {
+        constexpr int kWidth = decltype(width)::value;
+        const int64_t outer = decltype(by_column)::value ? Tile<T, kWidth>::row_blocks(matrix)
+                                                         : matrix.rows() / matrix.weights;
+        const int64_t inner = decltype(by_column)::value ? 1 : matrix.column_blocks;
+        sums = torch::stable::new_empty(weight, {outer, matrix.weights, inner});
+        weighted_backward_kernel<kWidth, decltype(by_column)::value, Activation>
+            <<<Tile<T, kWidth>::blocks(matrix), kThreads, 0, stream>>>(
+                grad_ptr, x_ptr, static_cast<const float*>(weight.const_data_ptr()), result_ptr,
+                static_cast<float*>(sums.mutable_data_ptr()), matrix);
+      };
+      with_variant<T>(x, weight, launch, grad_ptr, x_ptr, result_ptr);
+    });
+    check_launch();
+    const int64_t dimensions[] = {0, 2};
+    return {grad_input,
+            torch::stable::sum(sums, torch::headeronly::IntHeaderOnlyArrayRef(dimensions, 2))};
+  }
+};
+
+template <template <typename> class Activation>
+void implement_weighted(StableLibrary& library, const std::string& name) {
+  using O = WeightedOps<Activation>;
+  library.impl(name.c_str(), TORCH_BOX(&O::forward));
+  library.impl((name + "_backward").c_str(), TORCH_BOX(&O::backward));
+}
+
 STABLE_TORCH_LIBRARY_IMPL(fused_act_cuda, CUDA, library) {
   implement<Mish>(library, "mish");
   implement<Swish, double>(library, "swish");
@@ -436,6 +537,8 @@ STABLE_TORCH_LIBRARY_IMPL(fused_act_cuda, CUDA, library) {
   implement<LeakyReLU, double>(library, "leaky_relu");
   implement<SELU>(library, "selu");
   implement_mirrored<ReLU>(library, "crelu");
+  implement_weighted<PReLU>(library, "prelu");
+  implement_weighted<Swish>(library, "learnable_swish");
 }
 
 }  // namespace

@@ -4,11 +4,19 @@ from fused_act import ops  # noqa: F401 - defines torch.ops.fused_act_cuda and f
 from fused_act.activations.crelu import CReLU, CReLUFunction, crelu
 from fused_act.activations.leaky_relu import LeakyReLU, LeakyReLUFunction, leaky_relu
 from fused_act.activations.mish import Mish, MishFunction, mish
+from fused_act.activations.prelu import PReLU, PReLUFunction, prelu
 from fused_act.activations.relu import ReLU, ReLUFunction, relu
 from fused_act.activations.relu6 import ReLU6, ReLU6Function, relu6
 from fused_act.activations.selu import SELU, SELUFunction, selu
 from fused_act.activations.sigmoid import Sigmoid, SigmoidFunction, sigmoid
-from fused_act.activations.swish import SiLU, Swish, SwishFunction, silu, swish
+from fused_act.activations.swish import (
+    LearnableSwishFunction,
+    SiLU,
+    Swish,
+    SwishFunction,
+    silu,
+    swish,
+)
 from fused_act.activations.tanh import Tanh, TanhFunction, tanh
 from fused_act.backends import available_backends, use_backend
 from fused_act.rematerialization import rematerialize
@@ -21,8 +29,11 @@ __all__ = [
     "CReLUFunction",
     "LeakyReLU",
     "LeakyReLUFunction",
+    "LearnableSwishFunction",
     "Mish",
     "MishFunction",
+    "PReLU",
+    "PReLUFunction",
     "ReLU",
     "ReLU6",
     "ReLU6Function",
@@ -40,6 +51,7 @@ __all__ = [
     "crelu",
     "leaky_relu",
     "mish",
+    "prelu",
     "relu",
     "relu6",
     "rematerialize",

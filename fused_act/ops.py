@@ -37,14 +37,15 @@ from torch.autograd.graph import increment_version
 from torch.utils.checkpoint import SAC_IGNORED_OPS
 
 from fused_act.activation import Activation, dense_stride
-from fused_act.activations import ACTIVATIONS, MIRRORED
+from fused_act.activations import ACTIVATIONS, MIRRORED, WEIGHTED
 from fused_act.backends import DTYPES, Kernels
 from fused_act.mirrored import Layout, MirroredActivation
+from fused_act.weighted import WeightedActivation, channels
 
 # The layout contract is in the fakes: Inductor must not pass or expect other strides.
 TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
 
-ROWS = (*ACTIVATIONS, *MIRRORED)
+ROWS = (*ACTIVATIONS, *WEIGHTED, *MIRRORED)
 
 
 class RawOp(NamedTuple):
@@ -145,6 +146,47 @@ def elementwise_ops(activation: Activation) -> dict[str, RawOp]:
             check_tensors,
         )
     return ops
+
+
+@raw_ops.register
+def weighted_ops(row: WeightedActivation) -> dict[str, RawOp]:
+    def forward(x, weight):
+        return torch.empty_like(x)
+
+    def backward(grad_output, x, weight):
+        return torch.empty_like(x), torch.empty_like(weight)
+
+    def check_backward(op, device_types, grad_output, x, weight):
+        check_weighted(op, device_types, x, weight, grad_output)
+
+    return {
+        "forward": RawOp(f"{row.name}(Tensor x, Tensor weight) -> Tensor", forward, check_weighted),
+        "backward": RawOp(
+            f"{row.name}_backward(Tensor grad_output, Tensor x, Tensor weight) -> (Tensor, Tensor)",
+            backward,
+            check_backward,
+        ),
+    }
+
+
+def check_weighted(
+    op: str,
+    device_types: tuple[str, ...] | None,
+    x: Tensor,
+    weight: Tensor,
+    grad_output: Tensor | None = None,
+) -> None:
+    """As `check`; the weight is fp32, a vector of one element or one for each channel of `x`."""
+    check(op, x, grad_output, device_types=device_types)
+    if weight.dtype is not torch.float32:
+        raise TypeError(f"{op}: expected weight to be float32, got {weight.dtype}")
+    if weight.device != x.device:
+        raise ValueError(f"{op}: expected weight on {x.device}, got {weight.device}")
+    if weight.dim() != 1 or not weight.is_contiguous() or weight.numel() not in (1, channels(x)):
+        raise ValueError(
+            f"{op}: expected a contiguous weight of shape (1,) or ({channels(x)},) for x of shape "
+            f"{tuple(x.shape)}, got {tuple(weight.shape)} with stride {weight.stride()}"
+        )
 
 
 @raw_ops.register

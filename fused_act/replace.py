@@ -14,6 +14,7 @@ from torch import nn
 
 from fused_act.activations.leaky_relu import LeakyReLU
 from fused_act.activations.mish import Mish
+from fused_act.activations.prelu import PReLU
 from fused_act.activations.relu import ReLU
 from fused_act.activations.relu6 import ReLU6
 from fused_act.activations.selu import SELU
@@ -32,6 +33,7 @@ FUSED = {
     nn.ReLU: ReLU,
     nn.LeakyReLU: LeakyReLU,
     nn.SELU: SELU,
+    nn.PReLU: PReLU,
 }
 TORCH = {fused: original for original, fused in FUSED.items()}
 
@@ -54,9 +56,9 @@ def replace_activations(
 ) -> Model:
     """Make torch's activation modules in `model` fused ones, in place.
 
-    These are `Mish`, `SiLU`, `ReLU6`, `Sigmoid`, `Tanh`, `ReLU`, `LeakyReLU` and `SELU`, and
-    transformers' `SiLUActivation` and `MishActivation`. Modules are matched by exact type and keep
-    their `inplace`; parameters, buffers and `state_dict` stay as they are.
+    These are `Mish`, `SiLU`, `ReLU6`, `Sigmoid`, `Tanh`, `ReLU`, `LeakyReLU`, `SELU` and `PReLU`,
+    and transformers' `SiLUActivation` and `MishActivation`. Modules are matched by exact type and
+    keep their `inplace`; parameters, buffers and `state_dict` stay as they are.
 
     Args:
         model: any module, an activation itself included.

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.jit import is_scripting
 
 from fused_act.activation import Activation, activate, as_float
+from fused_act.weighted import WeightedActivation, activate_weighted, channels
 
 
 def exponential(x: Tensor, beta: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -69,34 +70,78 @@ SWISH = Activation(
 )
 
 
+def torch_learnable(x: Tensor, beta: Tensor) -> Tensor:
+    """The definition, with one beta or with one for each channel, which is dimension 1."""
+    if x.dim() > 1:
+        beta = beta.reshape([1, -1] + [1] * (x.dim() - 2))
+    else:
+        beta = beta.reshape([1] * x.dim())
+    return (x * torch.sigmoid(beta * x)).to(x.dtype)
+
+
+torch.fx.wrap("torch_learnable")  # a node of the graph: a symbolic x has no number of dimensions
+
+
+def checked_learnable(x: Tensor, beta: Tensor) -> Tensor:
+    """`torch_learnable`, or an error for a beta that does not fit."""
+    if not (x.is_floating_point() or x.is_complex()):
+        raise TypeError(f"swish: expected x to be floating point or complex, got {x.dtype}")
+    if beta.dtype not in (x.dtype, torch.float32):
+        expected = " or ".join(dict.fromkeys(map(str, (x.dtype, torch.float32))))
+        raise TypeError(f"swish: expected beta to be {expected}, got {beta.dtype}")
+    if torch.jit.is_tracing():  # where sizes are tensors
+        return torch_learnable(x, beta)
+    if beta.dim() > 1 or beta.numel() not in (1, channels(x)):
+        raise ValueError(
+            f"swish: expected beta of shape (1,) or ({channels(x)},) for x of shape "
+            f"{tuple(x.shape)}, got {tuple(beta.shape)}"
+        )
+    return torch_learnable(x, beta)
+
+
+LEARNABLE_SWISH = WeightedActivation(
+    name="learnable_swish", torch_forward=checked_learnable, takes_fp32=True
+)
+
+
 # Up to here fp32 holds beta * log2(e). Beyond, it would be infinite, and NaN for x = 0.
 LARGEST_BETA = 2.3e38
 
 
-def swish(x: Tensor, beta: float = 1.0, inplace: bool = False) -> Tensor:
+def swish(x: Tensor, beta: float | Tensor = 1.0, inplace: bool = False) -> Tensor:
     """Swish, y = x * sigmoid(beta * x), applied to each element (arXiv:1710.05941).
 
     Args:
         x: any shape and strides. On a GPU float16, bfloat16 and float32 run fused kernels; all
             other tensors, and all other devices, get `torch.nn.functional.silu` (beta = 1) or
             `x * torch.sigmoid(beta * x)`.
-        beta: a float, at most 2.3e38 in magnitude.
-        inplace: write the result into `x`.
+        beta: a float, at most 2.3e38 in magnitude; or a tensor, to be learnt, of shape (), (1,) or
+            (x.size(1),), in the dtype of `x` or in float32: one for each channel, or one for all.
+        inplace: write the result into `x`; not with a tensor `beta`.
 
     Returns:
         A tensor of the shape, dtype and memory format of `x`; `x` itself if `inplace`.
 
-    Backward saves `x` (a copy of it if `inplace`) and is exact, to any order.
+    Backward saves `x` (a copy of it if `inplace`) and is exact, to any order. That of a tensor
+    `beta` is summed in fp32, in the same pass and in an order that is always the same.
 
     Raises:
-        TypeError, ValueError: `beta` is not such a float, or a backend forced by `use_backend`
-            does not take `x`.
+        TypeError, ValueError: `beta` is not such a float or tensor, or a backend forced by
+            `use_backend` does not take `x`.
         RuntimeError: as `torch.nn.functional.silu`, for dtypes that it does not support and for
             `inplace` on a leaf that requires grad.
     """
     if is_scripting():
+        if isinstance(beta, Tensor):
+            return torch_learnable(x, beta)
         return torch_forward(x, beta, inplace)
-    return activate(SWISH, x, inplace, as_float("swish", "beta", beta, LARGEST_BETA))
+    if not isinstance(beta, (Tensor, torch.fx.Proxy)):
+        return activate(SWISH, x, inplace, as_float("swish", "beta", beta, LARGEST_BETA))
+    if inplace:
+        raise ValueError("swish: expected inplace=False with a tensor beta, got True")
+    if isinstance(x, torch.fx.Proxy):
+        return torch_learnable(x, beta)
+    return activate_weighted(LEARNABLE_SWISH, x, beta)
 
 
 def silu(x: Tensor, inplace: bool = False) -> Tensor:
@@ -108,28 +153,55 @@ def silu(x: Tensor, inplace: bool = False) -> Tensor:
 
 SwishFunction = SWISH.Function
 SwishFunction.__doc__ = """`SwishFunction.apply(x, beta)`: Swish as a Function. Saves `x`."""
+LearnableSwishFunction = LEARNABLE_SWISH.Function
+LearnableSwishFunction.__doc__ = """`LearnableSwishFunction.apply(x, beta)`, for a tensor `beta`."""
 
 
 class Swish(torch.nn.Module):
-    """Swish with a fixed beta, computed by `fused_act.swish`.
+    """Swish with a fixed or a learnable beta, computed by `fused_act.swish`.
 
     Args:
-        beta: a float, at most 2.3e38 in magnitude.
-        inplace: write the result into the input.
+        beta: a float, at most 2.3e38 in magnitude; a learnable one begins with it.
+        inplace: write the result into the input; not with a learnable beta.
+        learnable: `beta` is a parameter, as in arXiv:1710.05941.
+        num_parameters: of a learnable beta: 1, or the number of channels.
+        device, dtype: those of a learnable beta.
 
     Raises:
-        TypeError, ValueError: `beta` is not such a float.
+        TypeError, ValueError: `beta` is not such a float, or the others do not go together.
     """
 
-    def __init__(self, beta: float = 1.0, inplace: bool = False):
+    def __init__(
+        self,
+        beta: float = 1.0,
+        inplace: bool = False,
+        *,
+        learnable: bool = False,
+        num_parameters: int = 1,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
         super().__init__()
-        self.beta = as_float("swish", "beta", beta, LARGEST_BETA)
+        beta = as_float("swish", "beta", beta, LARGEST_BETA)
+        if learnable and inplace:
+            raise ValueError("Swish: expected inplace=False with learnable=True, got True")
+        if not learnable and num_parameters != 1:
+            raise ValueError(
+                f"Swish: expected num_parameters=1 without learnable=True, got {num_parameters}"
+            )
+        self.beta: float | torch.nn.Parameter = beta
+        if learnable:
+            self.beta = torch.nn.Parameter(
+                torch.full((num_parameters,), beta, device=device, dtype=dtype)
+            )
         self.inplace = inplace
 
     def forward(self, input: Tensor) -> Tensor:
         return swish(input, self.beta, self.inplace)
 
     def extra_repr(self) -> str:
+        if isinstance(self.beta, Tensor):
+            return f"learnable=True, num_parameters={self.beta.numel()}"
         return f"beta={self.beta}, inplace=True" if self.inplace else f"beta={self.beta}"
 
 

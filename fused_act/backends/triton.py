@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
-import itertools
 import os
 import tempfile
 import textwrap
 
 from fused_act import ops
-from fused_act.activations import ACTIVATIONS, MIRRORED
+from fused_act.activations import ACTIVATIONS, MIRRORED, WEIGHTED
 from fused_act.backends import Backend, Kernels, gpu_unavailable, older
 
 MINIMUM = (3, 6)
@@ -79,14 +78,19 @@ def version() -> str | None:
 
 def load() -> dict[str, Kernels]:
     """Import Triton (90 ms, so not before it is needed) and give the raw ops their kernels."""
-    from fused_act.backends import triton_kernels, triton_mirrored
+    from fused_act.backends import triton_kernels, triton_mirrored, triton_weighted
 
-    for module, rows in ((triton_kernels, ACTIVATIONS), (triton_mirrored, MIRRORED)):
-        for name, implementation in itertools.chain.from_iterable(
-            module.implementations(row).items() for row in rows
-        ):
-            for device_type in DEVICE_TYPES:
-                ops.TRITON_LIBRARY.impl(name, implementation, device_type.upper())
+    implementations = {}
+    for module, rows in (
+        (triton_kernels, ACTIVATIONS),
+        (triton_weighted, WEIGHTED),
+        (triton_mirrored, MIRRORED),
+    ):
+        for row in rows:
+            implementations |= module.implementations(row)
+    for name, implementation in implementations.items():
+        for device_type in DEVICE_TYPES:
+            ops.TRITON_LIBRARY.impl(name, implementation, device_type.upper())
     return ops.kernels("fused_act_triton")
 
 

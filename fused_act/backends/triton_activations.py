@@ -2,6 +2,7 @@
 
 The derivative is one of x, or of y where that is saved (`derivative_from_output`). Where a mask is
 saved, `passes` tells of x whether the gradient passes, and `gradient` what comes through.
+Where there is a weight, `weight_gradient` is what an element adds to the gradient of its weight.
 
 `LOW` is true for 16-bit tensors, whose results need fewer bits: there e^x is scaled by 2^32, so
 that it does not underflow before the product with x does. fp32 has no bits to spare for the larger
@@ -65,9 +66,9 @@ def fma(a, b, c):
 
 @triton.jit
 def product_error(a, b, product):
-    """What rounding took from the product of a and a scalar b."""
+    """What rounding took from the product of a and b."""
     if INTERPRET:  # where a scalar is a Python float
-        b = tl.full((), b, tl.float32)
+        b += tl.full((), 0.0, tl.float32)
     return fma(a, b, -product)
 
 
@@ -136,13 +137,13 @@ def mish_derivative(x, LOW: tl.constexpr):
 
 
 @triton.jit
-def swish_argument(x, beta):
+def swish_argument(x, beta, minimum, maximum):
     """beta x, clamped to where the exponential is finite, and what rounding took from it.
 
     Without the latter the result is off by beta x / 2 ULP.
     """
     z = x * beta
-    clamped = clamp(z, -240.0, 128.0)
+    clamped = clamp(z, minimum, maximum)
     return clamped, tl.where(clamped == z, product_error(x, beta, z), 0.0)
 
 
@@ -152,7 +153,7 @@ def swish_forward(x, beta, LOW: tl.constexpr):
         e = exp2_approx(x * (beta * -LOG2E) - 32.0)
         return x * (reciprocal_approx(e + 1.0 / TWO_32) * (1.0 / TWO_32))
     else:
-        z, z_low = swish_argument(x, beta)
+        z, z_low = swish_argument(x, beta, -240.0, 128.0)
         tail = z < TAIL
         scale = tl.where(tail, 0.5, -1.0)
         e = exp_compensated(scale * z, scale * z_low)
@@ -167,12 +168,51 @@ def swish_derivative(x, beta, LOW: tl.constexpr):
         r = reciprocal_approx(e + 1.0 / TWO_32)
         return (r * tl.fma(z, e * r, 1.0)) * (1.0 / TWO_32)
     else:
-        z, z_low = swish_argument(x, beta)
+        z, z_low = swish_argument(x, beta, -240.0, 128.0)
         tail = z < TAIL
         scale = tl.where(tail, 0.5, -1.0)
         e = exp_compensated(scale * z, scale * z_low)
         s = reciprocal_approx(1.0 + e)
         return tl.where(tail, ((1.0 + z) * e) * e, s * tl.fma(z, e * s, 1.0))
+
+
+# With beta from a tensor.
+learnable_swish_forward = swish_forward
+learnable_swish_derivative = swish_derivative
+
+
+# x^2 s (1 - s) is the square of u = x h / (1 + h^2) with h = e^(-|z| / 2). A factor at a time, or 0
+# times infinity would come of a large x.
+@triton.jit
+def learnable_swish_weight_gradient(grad_output, x, beta, LOW: tl.constexpr):
+    if LOW:
+        h = exp2_approx(-tl.abs(x * (beta * (0.5 * LOG2E))))
+        u = x * (h * reciprocal_approx(tl.fma(h, h, 1.0)))
+    else:
+        # In the tail u is x h, where h = e^(-|z| / 4) twice does not flush early.
+        z, z_low = swish_argument(x, beta, -480.0, 480.0)
+        tail = tl.abs(z) > -TAIL
+        scale = tl.where(tail, 0.25, 0.5)
+        scale = tl.where(z > 0.0, -scale, scale)
+        h = exp_compensated(scale * z, scale * z_low)
+        u = (x * h) * tl.where(tail, h, reciprocal_approx(tl.fma(h, h, 1.0)))
+    return (grad_output * u) * u
+
+
+@triton.jit
+def prelu_forward(x, weight, LOW: tl.constexpr):
+    return x * tl.where(x > 0.0, 1.0, weight)
+
+
+@triton.jit
+def prelu_derivative(x, weight, LOW: tl.constexpr):
+    return tl.where(x > 0.0, 1.0, weight)
+
+
+@triton.jit
+def prelu_weight_gradient(grad_output, x, weight, LOW: tl.constexpr):
+    # Not a product with 0: a gradient of inf or NaN that does not reach the weight leaves 0.
+    return tl.where(x > 0.0, 0.0, grad_output * x)
 
 
 @triton.jit

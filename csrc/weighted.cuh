@@ -1,0 +1,324 @@
+// The loops of activations with a learnable weight: one tile of a matrix per thread block. Backward
+// also sums what the elements of its tile add to the gradients of the weights.
+//
+// As in elementwise.cuh, tests run what a thread does on the host; only the sum over the threads of
+// a block is the device's own. Nothing here knows an activation: its struct holds the weight.
+#pragma once
+
+#include "elementwise.cuh"
+
+namespace fused_act {
+
+// Of a tile whose columns have weights: one cache line. Wider ones have few rows to sum over.
+constexpr int kColumnBytes = 128;
+constexpr int kWarp = 32;
+
+// A dense tensor as its memory has it: rows of `columns` elements, the last of which may be short.
+// Rows have the weights in turn, or columns have them (channels_last, or a batch of vectors).
+struct WeightedMatrix {
+  int64_t numel;
+  int64_t columns;
+  int64_t weights;
+  int column_blocks;  // tiles beside each other
+  int log_across;     // threads beside each other in a tile, the others below: log2 of their number
+
+  __host__ __device__ int across() const { return 1 << log_across; }
+  int64_t rows() const { return (numel + columns - 1) / columns; }
+};
+
+// A thread of a tile has kWidth elements beside each other in kRuns rows.
+template <typename T, int kWidth>
+struct Tile {
+  static constexpr int kRuns = kElementsPerThread<T> / kWidth;
+
+  static int64_t row_blocks(const WeightedMatrix& matrix) {
+    const int64_t rows = kRuns * (kThreads >> matrix.log_across);
+    return (matrix.rows() + rows - 1) / rows;
+  }
+
+  static int64_t blocks(const WeightedMatrix& matrix) {
+    return row_blocks(matrix) * matrix.column_blocks;
+  }
+
+  // `inner` is the stride of the channels, which says where the weights are; of no account for one
+  // weight, for which rows are as wide as a block.
+  template <bool kByColumn>
+  static WeightedMatrix matrix(int64_t numel, int64_t weights, int64_t inner) {
+    WeightedMatrix result{numel,
+                          weights == 1 ? kThreads * kWidth
+                          : kByColumn  ? weights
+                                       : inner,
+                          weights};
+    const int widest = kByColumn ? kColumnBytes / (kWidth * static_cast<int>(sizeof(T))) : kThreads;
+    // The sum by column takes the threads of a column to be lanes of one number.
+    const int limit = kByColumn && widest > kWarp ? kWarp : widest;
+    while (result.across() < limit && result.across() * kWidth < result.columns) {
+      result.log_across++;
+    }
+    const int64_t tile_columns = result.across() * kWidth;
+    result.column_blocks = static_cast<int>((result.columns + tile_columns - 1) / tile_columns);
+    return result;
+  }
+};
+
+// Where the elements of one thread are.
+template <typename T, int kWidth>
+struct Place {
+  int64_t row;  // that of its first run
+  int64_t column;
+  int64_t row_block;
+  int column_block;
+  int row_step;  // from one run to the next
+  bool full;     // whether the whole tile lies inside
+
+  __host__ __device__ Place(const WeightedMatrix& matrix, int block, int thread) {
+    constexpr int kRuns = Tile<T, kWidth>::kRuns;
+    row_step = kThreads >> matrix.log_across;
+    // Of 32 bits, for a division in 64 costs as much as some elements do. All else has 64: there
+    // may be more than 2^31 elements.
+    row_block = block / matrix.column_blocks;
+    column_block = block % matrix.column_blocks;
+    const int64_t first_row = row_block * (kRuns * row_step);
+    const int64_t first_column = static_cast<int64_t>(column_block) * (matrix.across() * kWidth);
+    const int64_t end = first_column + matrix.across() * kWidth;
+    full = end <= matrix.columns &&
+           (first_row + kRuns * row_step - 1) * matrix.columns + end <= matrix.numel;
+    row = first_row + (thread >> matrix.log_across);
+    column = first_column + (thread & (matrix.across() - 1)) * kWidth;
+  }
+
+  __host__ __device__ int64_t offset(const WeightedMatrix& matrix, int run) const {
+    return (row + run * row_step) * matrix.columns + column;
+  }
+
+  // How many elements of a run are inside the matrix; none if that is not positive.
+  __host__ __device__ int64_t left(const WeightedMatrix& matrix, int run) const {
+    const int64_t in_row = matrix.columns - column;
+    const int64_t in_all = matrix.numel - offset(matrix, run);
+    return in_row < in_all ? in_row : in_all;
+  }
+};
+
+// Load one run; what is not inside the matrix as 0.
+template <bool kFull, int kWidth, typename T>
+__host__ __device__ __forceinline__ void load_run(const T* source, int64_t left,
+                                                  float (&values)[kWidth]) {
+  if constexpr (kFull) {
+    load<kWidth>(source, values);
+  } else if (left >= kWidth) {
+    load<kWidth>(source, values);
+  } else {
+#pragma unroll
+    for (int i = 0; i < kWidth; i++) {
+      values[i] = i < left ? to_float(source[i]) : 0.0f;
+    }
+  }
+}
+
+template <bool kFull, int kWidth, typename T>
+__host__ __device__ __forceinline__ void store_run(T* target, int64_t left,
+                                                   const float (&values)[kWidth]) {
+  if constexpr (kFull) {
+    store<kWidth>(target, values);
+  } else if (left >= kWidth) {
+    store<kWidth>(target, values);
+  } else {
+#pragma unroll
+    for (int i = 0; i < kWidth; i++) {
+      if (i < left) {
+        target[i] = static_cast<T>(values[i]);
+      }
+    }
+  }
+}
+
+// What a thread has one of for each of its columns, or for each of its rows: weights, and sums.
+template <bool kByColumn, typename T, int kWidth>
+struct PerWeight {
+  static constexpr int kCount = kByColumn ? kWidth : Tile<T, kWidth>::kRuns;
+  float values[kCount] = {};
+
+  __host__ __device__ float& at(int run, int i) { return values[kByColumn ? i : run]; }
+};
+
+template <bool kByColumn, typename T, int kWidth>
+__host__ __device__ __forceinline__ PerWeight<kByColumn, T, kWidth> load_weights(
+    const float* weight, const WeightedMatrix& matrix, const Place<T, kWidth>& place) {
+  PerWeight<kByColumn, T, kWidth> result;
+#pragma unroll
+  for (int i = 0; i < result.kCount; i++) {
+    if constexpr (kByColumn) {
+      result.values[i] = place.column + i < matrix.columns ? weight[place.column + i] : 0.0f;
+    } else {
+      const int64_t row = place.row + i * place.row_step;
+      result.values[i] = weight[matrix.weights == 1 ? 0 : row % matrix.weights];
+    }
+  }
+  return result;
+}
+
+template <bool kFull, bool kByColumn, template <typename> class Activation, int kWidth, typename T>
+__host__ __device__ __forceinline__ void weighted_forward_tile(const T* x, const float* weight,
+                                                               T* y, const WeightedMatrix& matrix,
+                                                               const Place<T, kWidth>& place) {
+  constexpr int kRuns = Tile<T, kWidth>::kRuns;
+  float values[kRuns][kWidth];
+#pragma unroll
+  for (int run = 0; run < kRuns; run++) {
+    load_run<kFull>(x + place.offset(matrix, run), place.left(matrix, run), values[run]);
+  }
+  auto weights = load_weights<kByColumn, T, kWidth>(weight, matrix, place);
+#pragma unroll
+  for (int run = 0; run < kRuns; run++) {
+    float results[kWidth];
+#pragma unroll
+    for (int i = 0; i < kWidth; i++) {
+      results[i] = Activation<T>{weights.at(run, i)}.forward(values[run][i]);
+    }
+    store_run<kFull>(y + place.offset(matrix, run), place.left(matrix, run), results);
+  }
+}
+
+template <bool kFull, bool kByColumn, template <typename> class Activation, int kWidth, typename T>
+__host__ __device__ __forceinline__ PerWeight<kByColumn, T, kWidth> weighted_backward_tile(
+    const T* grad_output, const T* x, const float* weight, T* grad_input,
+    const WeightedMatrix& matrix, const Place<T, kWidth>& place) {
+  constexpr int kRuns = Tile<T, kWidth>::kRuns;
+  float grads[kRuns][kWidth];
+  float values[kRuns][kWidth];
+#pragma unroll
+  for (int run = 0; run < kRuns; run++) {
+    load_run<kFull>(grad_output + place.offset(matrix, run), place.left(matrix, run), grads[run]);
+    load_run<kFull>(x + place.offset(matrix, run), place.left(matrix, run), values[run]);
+  }
+  auto weights = load_weights<kByColumn, T, kWidth>(weight, matrix, place);
+  PerWeight<kByColumn, T, kWidth> sums;
+#pragma unroll
+  for (int run = 0; run < kRuns; run++) {
+    float results[kWidth];
+#pragma unroll
+    for (int i = 0; i < kWidth; i++) {
+      const Activation<T> activation{weights.at(run, i)};
+      const float grad = grads[run][i], value = values[run][i];
+      results[i] = grad * activation.derivative(value);
+      sums.at(run, i) += activation.weight_gradient(grad, value);
+    }
+    store_run<kFull>(grad_input + place.offset(matrix, run), place.left(matrix, run), results);
+  }
+  return sums;
+}
+
+// What thread `thread` of block `block` does.
+template <bool kByColumn, template <typename> class Activation, int kWidth, typename T>
+__host__ __device__ __forceinline__ void weighted_forward_thread(const T* x, const float* weight,
+                                                                 T* y, const WeightedMatrix& matrix,
+                                                                 int block, int thread) {
+  const Place<T, kWidth> place(matrix, block, thread);
+  if (place.full) {
+    weighted_forward_tile<true, kByColumn, Activation>(x, weight, y, matrix, place);
+  } else {
+    weighted_forward_tile<false, kByColumn, Activation>(x, weight, y, matrix, place);
+  }
+}
+
+template <bool kByColumn, template <typename> class Activation, int kWidth, typename T>
+__host__ __device__ __forceinline__ PerWeight<kByColumn, T, kWidth> weighted_backward_thread(
+    const T* grad_output, const T* x, const float* weight, T* grad_input,
+    const WeightedMatrix& matrix, const Place<T, kWidth>& place) {
+  if (place.full) {
+    return weighted_backward_tile<true, kByColumn, Activation>(grad_output, x, weight, grad_input,
+                                                               matrix, place);
+  }
+  return weighted_backward_tile<false, kByColumn, Activation>(grad_output, x, weight, grad_input,
+                                                              matrix, place);
+}
+
+// Where sum `i` of a thread belongs, with those of the other threads of its row or column: the sums
+// are [row blocks, columns], or [rows, column blocks]. Negative for one of nothing.
+template <bool kByColumn, int kWidth, typename T>
+__host__ __device__ __forceinline__ int64_t sum_index(const WeightedMatrix& matrix,
+                                                      const Place<T, kWidth>& place, int i) {
+  if (kByColumn) {
+    const int64_t column = place.column + i;
+    return column < matrix.columns ? place.row_block * matrix.columns + column : -1;
+  }
+  const int64_t row = place.row + i * place.row_step;
+  return row * matrix.columns < matrix.numel ? row * matrix.column_blocks + place.column_block : -1;
+}
+
+// Call `run` with the widest access, of 16 bytes at most, that the addresses and the rows allow.
+template <typename T, typename Run, typename... Pointers>
+void with_widest_weighted_access(Run run, int64_t weights, int64_t inner, Pointers... pointers) {
+  // Rows of one weight are of our choosing.
+  const int64_t columns = weights == 1 ? 0 : inner == 1 ? weights : inner;
+  with_widest_access<T, 16>(run, static_cast<uintptr_t>(columns * sizeof(T)), pointers...);
+}
+
+#if defined(__CUDACC__)
+// Sum over the threads of a row, which are neighbours, or of a column, in an order that is always
+// the same. Those that stand first then have the sums.
+template <bool kByColumn, int kCount>
+__device__ __forceinline__ void sum_over_threads(float (&values)[kCount], int across) {
+  __shared__ float shared[kCount][kThreads];
+  const int first = kByColumn ? across : 1;
+  const int end = kByColumn || across > kWarp ? kWarp : across;
+  for (int distance = first; distance < end; distance *= 2) {
+#pragma unroll
+    for (int i = 0; i < kCount; i++) {
+      values[i] += __shfl_xor_sync(0xffffffff, values[i], distance);
+    }
+  }
+  if (!kByColumn && across <= kWarp) {
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < kCount; i++) {
+    shared[i][threadIdx.x] = values[i];
+  }
+  __syncthreads();
+  const bool stands_first = kByColumn ? threadIdx.x < across : threadIdx.x % across == 0;
+  const int threads = kByColumn ? kThreads : across;
+  if (stands_first) {
+#pragma unroll 1
+    for (int other = kWarp; other < threads; other += kWarp) {
+#pragma unroll
+      for (int i = 0; i < kCount; i++) {
+        values[i] += shared[i][threadIdx.x + other];
+      }
+    }
+  }
+}
+
+template <int kWidth, bool kByColumn, template <typename> class Activation, typename T>
+__global__ void __launch_bounds__(kThreads)
+    weighted_forward_kernel(const T* x, const float* weight, T* y, WeightedMatrix matrix) {
+  weighted_forward_thread<kByColumn, Activation, kWidth>(x, weight, y, matrix, blockIdx.x,
+                                                         threadIdx.x);
+}
+
+// Blocks per SM that backward is compiled for: 80 registers a thread where it has the weights and
+// the sums of kWidth columns, else 64.
+template <bool kByColumn>
+constexpr int kWeightedBackwardBlocks = kByColumn ? 3 : 4;
+
+template <int kWidth, bool kByColumn, template <typename> class Activation, typename T>
+__global__ void __launch_bounds__(kThreads, kWeightedBackwardBlocks<kByColumn>)
+    weighted_backward_kernel(const T* grad_output, const T* x, const float* weight, T* grad_input,
+                             float* sums, WeightedMatrix matrix) {
+  const Place<T, kWidth> place(matrix, blockIdx.x, threadIdx.x);
+  auto found = weighted_backward_thread<kByColumn, Activation>(grad_output, x, weight, grad_input,
+                                                               matrix, place);
+  sum_over_threads<kByColumn>(found.values, matrix.across());
+  if (kByColumn ? threadIdx.x < matrix.across() : threadIdx.x % matrix.across() == 0) {
+#pragma unroll
+    for (int i = 0; i < found.kCount; i++) {
+      const int64_t index = sum_index<kByColumn>(matrix, place, i);
+      if (index >= 0) {
+        sums[index] = found.values[i];
+      }
+    }
+  }
+}
+#endif
+
+}  // namespace fused_act

@@ -1,0 +1,57 @@
+"""PReLU: y = x where x > 0, else weight * x, with a learnable weight.
+
+He, Zhang, Ren, Sun, "Delving Deep into Rectifiers", 2015, arXiv:1502.01852.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.jit import is_scripting
+
+from fused_act.weighted import WeightedActivation, activate_weighted
+
+PRELU = WeightedActivation(name="prelu", torch_forward=F.prelu, autocasts=True)
+
+
+def prelu(x: Tensor, weight: Tensor) -> Tensor:
+    """PReLU, y = x where x > 0, else weight * x, applied to each element (arXiv:1502.01852).
+
+    Args:
+        x: any shape and strides. On a GPU float16, bfloat16 and float32 run fused kernels; all
+            other tensors, and all other devices, get `torch.nn.functional.prelu`.
+        weight: of the dtype and device of `x`; one element, or one for each channel, which is
+            dimension 1 of `x`.
+
+    Returns:
+        A tensor of the shape, dtype and memory format of `x`.
+
+    Backward saves `x` and `weight`. In one pass it makes the gradient of `x`, which at exactly 0 is
+    that of negative numbers, and that of `weight`: partial sums in fp32, then their sum, in an
+    order that is always the same.
+
+    Raises:
+        RuntimeError: as `torch.nn.functional.prelu`, for a weight of another dtype or length.
+        TypeError, ValueError: a backend forced by `use_backend` does not take `x`.
+    """
+    if is_scripting():
+        return F.prelu(x, weight)
+    return activate_weighted(PRELU, x, weight)
+
+
+PReLUFunction = PRELU.Function
+PReLUFunction.__doc__ = """`PReLUFunction.apply(x, weight)`: PReLU as a Function. Saves both."""
+
+
+class PReLU(torch.nn.PReLU):
+    """Drop-in for `torch.nn.PReLU`, computed by `fused_act.prelu`.
+
+    Args:
+        num_parameters: 1, or the number of channels.
+        init: the weights to begin with.
+        device, dtype: those of the weights.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        return prelu(input, self.weight)
