@@ -33,6 +33,7 @@ modules: list[nn.Module] = [
     fused_act.ReLU(inplace=True),
     fused_act.LeakyReLU(0.2, inplace=True),
     fused_act.SELU(),
+    fused_act.CReLU(dim=1),
     fused_act.Swish(beta=1.702, inplace=True),
 ]
 beta: float = fused_act.Swish().beta
