@@ -36,6 +36,8 @@ from benchmarks.machine_code import Kernel, Unavailable
 from fused_act import __version__
 from fused_act.activation import Activation
 from fused_act.backends.cuda import REBUILD, extension
+from fused_act.mirrored import MirroredActivation
+from fused_act.weighted import WeightedActivation
 
 
 class GPU(NamedTuple):
@@ -76,6 +78,8 @@ class Case(NamedTuple):
     masked: bool
     dtype: torch.dtype
 
+    outputs = 1
+
     @property
     def inputs(self) -> int:
         """Tensors of the dtype that are read; a mask is none."""
@@ -86,25 +90,60 @@ class Case(NamedTuple):
         return self.dtype.itemsize * (self.inputs + 1) + (1 / 8 if self.masked else 0)
 
 
+class MatrixCase(NamedTuple):
+    """A kernel of an activation with a weight, one for each row of 16 n elements, or mirrored."""
+
+    activation: WeightedActivation | MirroredActivation
+    direction: str
+    masked: bool
+    dtype: torch.dtype
+
+    @property
+    def is_mirrored(self) -> bool:
+        return isinstance(self.activation, MirroredActivation)
+
+    @property
+    def inputs(self) -> int:
+        """Tensors of as many elements as x that are read; of a gradient of y it is two."""
+        return 1 if self.direction == "forward" else 2
+
+    @property
+    def outputs(self) -> int:
+        """Tensors of as many elements as x that are written."""
+        return 2 if self.is_mirrored and self.direction == "forward" else 1
+
+    @property
+    def bytes_per_element(self) -> float:
+        return self.dtype.itemsize * (self.inputs + self.outputs) + (1 / 4 if self.masked else 0)
+
+
 CASES = [
     Case(*kernel, dtype)
     for kernel, dtype in itertools.product(machine_code.kernels(), machine_code.CUDA_TYPES)
 ]
+MATRIX_CASES = [
+    MatrixCase(*kernel, dtype)
+    for kernel, dtype in itertools.product(machine_code.matrix_kernels(), machine_code.CUDA_TYPES)
+]
 
 
-def triton_kernels(capability: int) -> Iterator[tuple[Case, Kernel]]:
+def triton_kernels(capability: int) -> Iterator[tuple[Case | MatrixCase, Kernel]]:
     if importlib.util.find_spec("triton") is None:
         raise Unavailable("triton is not installed; install it with `pip install triton`")
     for case in CASES:
         yield case, machine_code.triton_kernel(*case, capability)
+    for case in MATRIX_CASES:
+        yield case, machine_code.triton_matrix_kernel(*case, capability)
 
 
-def cuda_kernels(capability: int) -> Iterator[tuple[Case, Kernel]]:
+def cuda_kernels(capability: int) -> Iterator[tuple[Case | MatrixCase, Kernel]]:
     if extension() is None:
         raise Unavailable(f"this install has no CUDA extension; where nvcc is, {REBUILD}")
     functions = machine_code.cuda_kernels(extension(), capability)
     for case in CASES:
         yield case, machine_code.cuda_kernel(functions, *case)
+    for case in MATRIX_CASES:
+        yield case, machine_code.cuda_matrix_kernel(functions, *case)
 
 
 def aten_kernels(library: Path, capability: int) -> Iterator[tuple[Case, Kernel]]:
@@ -123,10 +162,18 @@ def torch_version(library: Path) -> str:
     return match[1] if match else ""
 
 
-def row(provider: str, version: str, capability: int, gpu: GPU, case: Case, kernel: Kernel) -> dict:
+def row(
+    provider: str,
+    version: str,
+    capability: int,
+    gpu: GPU,
+    case: Case | MatrixCase,
+    kernel: Kernel,
+) -> dict:
     budget = WARP * SCHEDULERS * gpu.sms * gpu.clock * case.bytes_per_element / gpu.bandwidth
     mufu_budget = budget * MUFU_PER_CLOCK / (WARP * SCHEDULERS)
-    instructions, mufu = kernel.per_element(), kernel.per_element("MUFU")
+    instructions = case.outputs * kernel.per_element()
+    mufu = case.outputs * kernel.per_element("MUFU")
     warps = warps_per_sm(kernel, gpu)
     in_flight = sum(kernel.loads_in_flight()) // 8
     return {

@@ -22,7 +22,7 @@ from typing import NamedTuple
 import torch
 
 from fused_act.activation import Activation
-from fused_act.activations import ACTIVATIONS
+from fused_act.activations import ACTIVATIONS, MIRRORED, WEIGHTED
 from fused_act.mirrored import MirroredActivation
 from fused_act.weighted import WeightedActivation
 
@@ -40,6 +40,9 @@ ATEN_KERNELS = {
     "leaky_relu": ("leaky_relu_kernel", "leaky_relu_backward_kernel"),
     "selu": ("elu_kernel", "elu_backward_kernel"),
 }
+
+# The C++ structs of the activations with a weight.
+WEIGHTED_STRUCTS = {"prelu": "PReLU", "learnable_swish": "Swish"}
 
 # Threads of a block: as kThreads of csrc/elementwise.cuh and num_threads() of ATen say.
 CUDA_THREADS, ATEN_THREADS = 256, 128
@@ -479,6 +482,45 @@ def block_index_uses(ptx: str) -> dict[str, list[str]]:
         for register in re.findall(r"mov\.u32\s+(%\w+), %ctaid\.x;", entry):
             uses[name] += re.findall(rf"^\s*(\S+)\s+%\w+,.*{register}\b", entry, flags=re.MULTILINE)
     return uses
+
+
+def triton_matrix_kernel(
+    row: WeightedActivation | MirroredActivation,
+    direction: str,
+    masked: bool,
+    dtype: torch.dtype,
+    capability: int,
+) -> Kernel:
+    """The Triton kernel of a row of `matrix_kernels`, of long rows."""
+    if isinstance(row, MirroredActivation):
+        compiled = compile_mirrored(row, direction, masked, dtype, 2**20, capability)
+    else:
+        compiled = compile_triton_weighted(row, direction, False, dtype, capability)
+    return code_of(compiled, row.name, dtype)
+
+
+def cuda_matrix_kernel(
+    kernels: dict[str, Function],
+    row: WeightedActivation | MirroredActivation,
+    direction: str,
+    masked: bool,
+    dtype: torch.dtype,
+) -> Kernel:
+    """Likewise the one of the extension."""
+    if isinstance(row, MirroredActivation):
+        return cuda_mirrored_kernel(kernels, row, direction, masked, dtype)
+    return cuda_weighted_kernel(kernels, WEIGHTED_STRUCTS[row.name], direction, False, dtype)
+
+
+def matrix_kernels() -> Iterator[tuple[WeightedActivation | MirroredActivation, str, bool]]:
+    """As `kernels`, of the activations with a weight and the mirrored ones."""
+    for row in WEIGHTED:
+        yield row, "forward", False
+        yield row, "backward", False
+    for row in MIRRORED:
+        yield row, "forward", False
+        yield row, "forward", True
+        yield row, "backward", True
 
 
 def kernels() -> Iterator[tuple[Activation, str, bool]]:

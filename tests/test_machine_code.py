@@ -380,6 +380,7 @@ def test_without_cuobjdump(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(machine_code.shutil, "which", lambda name, path=None: None)
     monkeypatch.setattr(compare_instructions, "extension", lambda: tmp_path)
     monkeypatch.setattr(compare_instructions, "CASES", [])
+    monkeypatch.setattr(compare_instructions, "MATRIX_CASES", [])
     assert exit_code(monkeypatch, "--capabilities", 90, "--results", tmp_path) == 2
     assert "cuobjdump is neither in the triton wheel nor on PATH" in capsys.readouterr().err
 
@@ -393,7 +394,7 @@ def test_what_is_there_is_shown(monkeypatch, tmp_path, capsys):
     assert printed.err.count("\n") == 1
     with (tmp_path / "ours.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
-    assert len(rows) == len(compare_instructions.CASES)
+    assert len(rows) == len(compare_instructions.CASES) + len(compare_instructions.MATRIX_CASES)
     assert {row["provider"] for row in rows} == {"cuda"}
     assert {float(row["bandwidth"]) for row in rows} == {2e12}
     assert "relu6 forward with mask, bfloat16" in printed.out
