@@ -36,7 +36,7 @@ modules: list[nn.Module] = [
     fused_act.CReLU(dim=1),
     fused_act.Swish(beta=1.702, inplace=True),
 ]
-beta: float = fused_act.Swish().beta
+beta: float | nn.Parameter = fused_act.Swish().beta
 fused_act.Swish(beta=None)  # type: ignore[arg-type]
 
 model: nn.Sequential = fused_act.replace_activations(nn.Sequential(nn.Mish()))
