@@ -296,13 +296,12 @@ __global__ void __launch_bounds__(kThreads)
                                                          threadIdx.x);
 }
 
-// Blocks per SM that backward is compiled for: 80 registers a thread where it has the weights and
-// the sums of kWidth columns, else 64.
-template <bool kByColumn>
-constexpr int kWeightedBackwardBlocks = kByColumn ? 3 : 4;
+// Blocks per SM that backward is compiled for: 80 registers a thread, and with 64 bytes of each
+// 48 KiB in flight. With 64 registers it spills.
+constexpr int kWeightedBackwardBlocks = 3;
 
 template <int kWidth, bool kByColumn, template <typename> class Activation, typename T>
-__global__ void __launch_bounds__(kThreads, kWeightedBackwardBlocks<kByColumn>)
+__global__ void __launch_bounds__(kThreads, kWeightedBackwardBlocks)
     weighted_backward_kernel(const T* grad_output, const T* x, const float* weight, T* grad_input,
                              float* sums, WeightedMatrix matrix) {
   const Place<T, kWidth> place(matrix, blockIdx.x, threadIdx.x);

@@ -532,7 +532,7 @@ def test_machine_code(backend, row, direction, by_column, dtype):
         loads, stores = kernel.accesses("LDG"), kernel.accesses("STG")
         inputs = 1 if direction == "forward" else 2
         assert 128 * loads.count(128) >= 8 * 32 * inputs
-        assert 128 * stores.count(128) == 8 * 32
+        assert 128 * stores.count(128) >= 8 * 32  # the path of a cut tile has wide ones too
         # Of 4 bytes are weights, and the sums for them.
         assert {*loads, *stores} <= {128, 64, 32}
     kernel = compiled(backend, row, direction, by_column, dtype, 90)
