@@ -27,7 +27,7 @@ COMPARISONS := compare_speed $(filter-out compare_speed compare_instructions, \
 # A GPU is borrowed for minutes, and small networks on small images do not need one.
 GPU_COMPARISONS := $(filter-out compare_training,$(COMPARISONS))
 # What runs the Triton kernels in the interpreter, in a process of its own.
-INTERPRETED := $(addprefix tests/test_,$(addsuffix .py,accuracy_kernels autograd benchmarks faults kernels layouts mirrored properties rematerialization))
+INTERPRETED := $(addprefix tests/test_,$(addsuffix .py,accuracy_kernels autograd benchmarks faults kernels layouts mirrored properties rematerialization weighted))
 
 .PHONY: demo test mutate gpu sanitize lint bench clean
 
