@@ -282,11 +282,9 @@ def grad_input(activation: Activation, saves: str, ctx, grad_output: Tensor | No
     """The gradient with respect to `x`, itself differentiable under `create_graph=True`."""
     saved, *anchor = ctx.saved_tensors
     kernels, parameters = ctx.kernels, ctx.parameters
-    if grad_output is None:  # a second backward came in through the anchor alone
-        return torch.zeros(ctx.shape, dtype=anchor[0].dtype, device=anchor[0].device)
-    differentiable = not torch.compiler.is_compiling() and (
-        torch.is_grad_enabled() or forward_ad._current_level >= 0
-    )
+    if grad_output is None:
+        return zeros_of_input(ctx, anchor[0])
+    differentiable = is_backward_differentiated()
     if kernels.forward_with_mask is not None:
         if differentiable:
             passes = unpack(saved).as_strided(ctx.shape, ctx.stride)
@@ -304,6 +302,18 @@ def grad_input(activation: Activation, saves: str, ctx, grad_output: Tensor | No
         create_graph = torch.is_grad_enabled()
         return torch.autograd.grad(y, x, grad_output, create_graph=create_graph)[0]
     return call(kernels.backward, grad_output, saved, *parameters)
+
+
+def is_backward_differentiated() -> bool:
+    """Whether the backward that runs is itself to be differentiated."""
+    return not torch.compiler.is_compiling() and (
+        torch.is_grad_enabled() or forward_ad._current_level >= 0
+    )
+
+
+def zeros_of_input(ctx, anchor: Tensor) -> Tensor:
+    """The gradient where a second backward came in through the anchor of `save_mask` alone."""
+    return torch.zeros(ctx.shape, dtype=anchor.dtype, device=anchor.device)
 
 
 def unpack(mask: Tensor) -> Tensor:

@@ -12,7 +12,6 @@ from collections.abc import Callable, Sequence
 from typing import ClassVar, NamedTuple
 
 import torch
-import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
 from fused_act.activation import (
@@ -22,9 +21,11 @@ from fused_act.activation import (
     dense_stride,
     first,
     function_class,
+    is_backward_differentiated,
     kernels_for,
     save_mask,
     unpack,
+    zeros_of_input,
 )
 from fused_act.backends import Kernels
 
@@ -134,13 +135,9 @@ def make_function(row: MirroredActivation) -> type[KernelFunction]:
         dim = ctx.dim
         if ctx.kernels is row.eager:
             return row.torch_backward(grad_output, saved, -saved, dim), None, None
-        if grad_output is None:  # a second backward came in through the anchor alone
-            zeros = torch.zeros(ctx.shape, dtype=anchor[0].dtype, device=anchor[0].device)
-            return zeros, None, None
-        differentiable = not torch.compiler.is_compiling() and (
-            torch.is_grad_enabled() or forward_ad._current_level >= 0
-        )
-        if not differentiable:
+        if grad_output is None:
+            return zeros_of_input(ctx, anchor[0]), None, None
+        if not is_backward_differentiated():
             return call(ctx.kernels.backward, grad_output, saved, dim, ctx.stride), None, None
         layout = Layout.of(ctx.shape, ctx.stride, dim)
         bits = unpack(saved)[..., : layout.columns].reshape(-1)
