@@ -329,19 +329,20 @@ struct MirroredOps {
     const Tensor x = dense ? input : with_layout_of(torch::stable::empty_like(input), input);
     const Layout layout(x.sizes(), x.strides(), wrapped(x, dim));
     Tensor y = empty_strided(layout.shape, layout.stride, dtype_of(x), x);
-    const int64_t bytes = layout.matrix.runs_of_row();
-    const std::vector<int64_t> mask_shape{layout.matrix.rows, 2, kMasked ? bytes : 0};
-    const std::vector<int64_t> mask_stride{2 * std::max<int64_t>(bytes, 1),
-                                           std::max<int64_t>(bytes, 1), 1};
-    Tensor mask = empty_strided(mask_shape, mask_stride, aoti_torch_dtype_uint8(), x);
+    Tensor mask;
+    if constexpr (kMasked) {
+      const int64_t bytes = layout.matrix.runs_of_row(), step = std::max<int64_t>(bytes, 1);
+      const std::vector<int64_t> shape{layout.matrix.rows, 2, bytes}, stride{2 * step, step, 1};
+      mask = empty_strided(shape, stride, aoti_torch_dtype_uint8(), x);
+    }
     if (x.numel() > 0) {
       const cudaStream_t stream = current_stream(x);
+      auto* bits = kMasked ? static_cast<uint8_t*>(mask.mutable_data_ptr()) : nullptr;
       with_element_type(x, [&](auto element) {
         using T = decltype(element);
         launch_mirrored_forward<kMasked>(Activation<T>{}, static_cast<const T*>(x.const_data_ptr()),
-                                         static_cast<T*>(y.mutable_data_ptr()),
-                                         static_cast<uint8_t*>(mask.mutable_data_ptr()),
-                                         layout.matrix, stream);
+                                         static_cast<T*>(y.mutable_data_ptr()), bits, layout.matrix,
+                                         stream);
       });
       check_launch();
     }
