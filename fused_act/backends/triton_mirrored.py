@@ -39,6 +39,12 @@ def tile_of(block, column_blocks, BM: tl.constexpr, BK: tl.constexpr):
 
 
 @triton.jit
+def bytes_of(columns):
+    """The bytes of a row of the mask. `columns + 7` may not fit in the 32 bits that columns do."""
+    return (columns - 1) // 8 + 1
+
+
+@triton.jit
 def left_of(size, start, BLOCK: tl.constexpr):
     return tl.minimum(size - start, BLOCK).to(tl.int32)
 
@@ -76,9 +82,9 @@ def forward_tile(
     store(y_ptr, offsets, FORWARD(x, LOW), valid)
     store(y_ptr + columns, offsets, FORWARD(-x, LOW), valid)
     if mask_ptr is not None:
-        bytes_ = (columns + 7) // 8
+        bytes_ = bytes_of(columns)
         offsets = rows * (2 * bytes_) + mask_offsets(BK)[None, :]
-        byte_valid = valid_in(rows_left, (columns_left + 7) // 8, FULL, BM, BK // 8)
+        byte_valid = valid_in(rows_left, bytes_of(columns_left), FULL, BM, BK // 8)
         store_bits(mask_ptr, offsets, PASSES(x), valid, byte_valid, BM, BK)
         store_bits(mask_ptr + bytes_, offsets, PASSES(-x), valid, byte_valid, BM, BK)
 
@@ -92,7 +98,7 @@ def forward_kernel(
     x_ptr += row * columns + column
     y_ptr += 2 * row * columns + column
     if mask_ptr is not None:
-        mask_ptr += 2 * row * ((columns + 7) // 8) + column // 8
+        mask_ptr += 2 * row * bytes_of(columns) + column // 8
     if (row + BM <= row_count) & (column + BK <= columns):
         forward_tile(x_ptr, y_ptr, mask_ptr, columns, BM, BK, FORWARD, PASSES, True, BM, BK)
     else:
@@ -121,9 +127,9 @@ def backward_tile(
     valid = valid_in(rows_left, columns_left, FULL, BM, BK)
     grad = load(grad_output_ptr, offsets, valid)
     mirrored_grad = load(grad_output_ptr + columns, offsets, valid)
-    bytes_ = (columns + 7) // 8
+    bytes_ = bytes_of(columns)
     offsets = rows * (2 * bytes_) + mask_offsets(BK)[None, :]
-    byte_valid = valid_in(rows_left, (columns_left + 7) // 8, FULL, BM, BK // 8)
+    byte_valid = valid_in(rows_left, bytes_of(columns_left), FULL, BM, BK // 8)
     passes = load_bits(mask_ptr, offsets, byte_valid, BM, BK)
     mirrored_passes = load_bits(mask_ptr + bytes_, offsets, byte_valid, BM, BK)
     grad_input = GRADIENT(grad, passes) - GRADIENT(mirrored_grad, mirrored_passes)
@@ -138,7 +144,7 @@ def backward_kernel(
     row, column = tile_of(tl.program_id(0), column_blocks, BM, BK)
     grad_output_ptr += 2 * row * columns + column
     grad_input_ptr += row * columns + column
-    mask_ptr += 2 * row * ((columns + 7) // 8) + column // 8
+    mask_ptr += 2 * row * bytes_of(columns) + column // 8
     if (row + BM <= row_count) & (column + BK <= columns):
         backward_tile(
             grad_output_ptr, mask_ptr, grad_input_ptr, columns, BM, BK, GRADIENT, True, BM, BK
