@@ -175,6 +175,20 @@ def test_second_derivative(backend, layout):
 
 
 @all_backends
+def test_forward_mode_through_backward(backend):
+    def run(function):
+        x = torch.linspace(-7, 9, 36, device=DEVICE).view(4, 9).requires_grad_()
+        y = function(x)
+        with torch.autograd.forward_ad.dual_level():
+            ones = torch.ones_like(y)
+            weight = torch.autograd.forward_ad.make_dual(ones, 3 * ones)
+            (grad,) = torch.autograd.grad(y, x, weight)
+            return torch.autograd.forward_ad.unpack_dual(grad).tangent
+
+    assert_equal(run(fused_act.crelu), run(torch_crelu))
+
+
+@all_backends
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "gapped_permuted"])
 def test_opcheck(backend, layout):
     table = ops.kernels(f"fused_act_{backend}")["crelu"]

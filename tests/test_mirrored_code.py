@@ -103,7 +103,7 @@ def test_exports_torchs_ops(strict):
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_module():
     module = fused_act.CReLU(dim=-1)
-    x = torch.randn(2, 3)
+    x = torch.randn(2, 3, 4)
     copies = [copy.deepcopy(module), pickle.loads(pickle.dumps(module)), torch.jit.script(module)]
     copies += [torch.fx.symbolic_trace(module), torch.jit.trace(module, x)]
     for each in (module, *copies):
