@@ -11,10 +11,15 @@ from collections.abc import Callable
 from typing import ClassVar
 
 import torch
-import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 
-from fused_act.activation import KernelFunction, call, function_class, kernels_for
+from fused_act.activation import (
+    KernelFunction,
+    call,
+    function_class,
+    is_backward_differentiated,
+    kernels_for,
+)
 from fused_act.backends import PLAIN, Kernels
 from fused_act.backends.eager import convert
 
@@ -101,10 +106,7 @@ def make_function(row: WeightedActivation) -> type[KernelFunction]:
 
     def backward(ctx, grad_output):
         x, weight = ctx.saved_tensors
-        differentiable = not torch.compiler.is_compiling() and (
-            torch.is_grad_enabled() or forward_ad._current_level >= 0
-        )
-        if ctx.kernels is row.eager or differentiable:
+        if ctx.kernels is row.eager or is_backward_differentiated():
             return (*torch_gradients(row, ctx, x, weight, grad_output), None)
         grad_input, grad_weight = call(ctx.kernels.backward, grad_output, x, as_vector(weight))
         grad_weight = convert(grad_weight, weight.dtype).reshape(weight.shape)
