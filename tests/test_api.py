@@ -73,7 +73,7 @@ def test_swish_module():
         ("1", TypeError),
         (None, TypeError),
         (True, TypeError),
-        (torch.ones(()), TypeError),
+        (torch.ones((), dtype=torch.int64), TypeError),
     ],
 )
 def test_beta_must_be_a_float_that_fp32_takes(beta, error):

@@ -237,6 +237,8 @@ def test_triton_addresses_have_64_bits(activation, direction, masked, dtype):
 @BACKENDS_BY_NAME["cuda"]
 def test_cuda_addresses_have_64_bits():
     found = machine_code.block_index_uses(machine_code.cuda_ptx(extension()))
+    # Those with weights divide the block index first; host_weighted.cpp runs their arithmetic.
+    found = {kernel: uses for kernel, uses in found.items() if "weighted" not in kernel}
     # Five widths for each 16-bit dtype, four for fp32. What is mirrored has no 32-byte accesses of
     # 16-bit elements; it has two kernels forward, one backward.
     mirrored = sum("mirrored" in kernel for kernel in found)
