@@ -1,6 +1,6 @@
 """What each activation brings in training, and what it costs: one network, all of the family.
 
-    python -m benchmarks.compare_training [--epochs 20] [--seeds 3] [--activations Mish ReLU6]
+    python -m benchmarks.compare_training [--epochs 12] [--seeds 3] [--activations Mish ReLU6]
 
 The network is the demo's, a MobileNetV2 of three blocks on the handwritten digits of scikit-learn;
 only its activation differs. With CReLU, which makes two channels of one, the convolutions before it
@@ -193,7 +193,7 @@ def parse_arguments() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     environment.add_results_argument(parser)
-    parser.add_argument("--epochs", type=positive_int, default=20, metavar="N")
+    parser.add_argument("--epochs", type=positive_int, default=12, metavar="N")
     parser.add_argument("--seeds", type=positive_int, default=3, metavar="N")
     parser.add_argument(
         "--activations",
@@ -212,6 +212,7 @@ def main() -> list[dict]:
     device = environment.default_device()
     if device.type == "cpu":
         print("NO GPU: the modules call torch's own ops here; times and bytes are those.")
+        torch.set_num_threads(1)  # several wait for each other on a busy machine
     digits, members = Digits.load(device), list(dict.fromkeys(arguments.activations))
     seeds = map(
         partial(train, members, epochs=arguments.epochs, digits=digits), range(arguments.seeds)
