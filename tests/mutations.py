@@ -1105,6 +1105,47 @@ MUTATIONS = [
         "    return Recomputed(compute, [x])\n",
         plain("test_rematerialization.py -k differs_the_second_time"),
     ),
+    # Activations with a weight
+    Mutation(
+        "weight-gradient-product",
+        "a gradient of inf that does not reach the weight makes NaN of its gradient",
+        "csrc/activations.cuh",
+        "return x > 0.0f ? 0.0f : grad_output * x;",
+        "return grad_output * (x > 0.0f ? 0.0f : x);",
+        plain("test_weighted.py -k does_not_reach"),
+    ),
+    Mutation(
+        "weight-gradient-early-flush",
+        "learnable Swish in fp32: e^(-z / 2) flushes where x^2 e^-z is normal",
+        "csrc/activations.cuh",
+        "const float half = tail ? 0.25f : 0.5f;",
+        "const float half = tail ? 0.5f : 0.5f;",
+        plain("test_weighted.py -k 'functors and exact and float32'"),
+    ),
+    Mutation(
+        "weight-of-another-row",
+        "rows take the weight of the tile's first",
+        "csrc/weighted.cuh",
+        "const int64_t row = place.row + i * place.row_step;\n      result",
+        "const int64_t row = place.row;\n      result",
+        plain("test_weighted.py -k host_loops"),
+    ),
+    Mutation(
+        "sum-of-another-row",
+        "the sums of a row of a thread go to its first row",
+        "csrc/weighted.cuh",
+        "const int64_t row = place.row + i * place.row_step;\n  return",
+        "const int64_t row = place.row;\n  return",
+        plain("test_weighted.py -k host_loops"),
+    ),
+    Mutation(
+        "triton-weight-channel",
+        "rows have the weights in turn from the first again in each tile",
+        "fused_act/backends/triton_weighted.py",
+        "((row % weights).to(tl.int32) + tl.arange(0, BLOCK_M)) % weights",
+        "tl.arange(0, BLOCK_M) % weights",
+        interpreted("test_weighted.py -k 'layouts_and_sums and per_channel-contiguous'"),
+    ),
 ]
 
 

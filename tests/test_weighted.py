@@ -93,6 +93,8 @@ def pointer(tensor):
 
 @pytest.fixture(scope="session")
 def weighted_libraries(tmp_path_factory):
+    if INTERPRET:
+        pytest.skip("the host build needs no interpreter, and is tested without it")
     if host_kernels.COMPILER is None:
         pytest.skip("needs a C++ compiler")
     folder, root = tmp_path_factory.mktemp("weighted"), Path(__file__).parent
@@ -527,6 +529,8 @@ def compiled(backend, row, direction, by_column, dtype, capability):
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 def test_machine_code(backend, row, direction, by_column, dtype):
     """Few instructions, accesses of 16 bytes, no spills."""
+    if INTERPRET:
+        pytest.skip("machine code needs no interpreter, and is tested without it")
     skip_unless_counted(backend)
     # Triton takes seconds to compile one.
     for capability in CAPABILITIES[backend] if backend == "cuda" else (90,):
