@@ -196,9 +196,9 @@ def family() -> str:
     """What each activation is like, and what it costs."""
     from tabulate import tabulate
 
-    def pair(row: dict, prefix: str) -> str:
+    def pair(row: dict, prefix: str, digits: str) -> str:
         cells = [row[f"{prefix}_{direction}"] for direction in ("forward", "backward")]
-        return " / ".join(f"{float(cell):.4g}" for cell in cells)
+        return " / ".join(f"{float(cell):{digits}}" for cell in cells)
 
     def paper(text: str) -> str:
         return re.sub(r"^(.*), arXiv:(\S+)$", r"[\1](https://arxiv.org/abs/\2)", text)
@@ -211,8 +211,8 @@ def family() -> str:
             row["monotonic"],
             row["mean_output"],
             row["saturates"],
-            f"{pair(row, 'triton')}, {pair(row, 'cuda')}",
-            pair(row, "moved"),
+            f"{pair(row, 'triton', '.1f')}, {pair(row, 'cuda', '.1f')}",
+            pair(row, "moved", "g"),
             f"{float(row['saved']):g}",
             f"{float(row['time_torch']):.1f}",
             paper(row["paper"]),
