@@ -1,22 +1,25 @@
 """The public surface: names, modules, backend selection, replacement, errors, import cost."""
 
+import ast
 import concurrent.futures
 import contextlib
 import copy
 import importlib.metadata
 import os
 import pickle
+import re
 import subprocess
 import sys
 import time
 import types
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
 import fused_act
-from fused_act import activation
+from fused_act import activation, ops
 from fused_act.activations import ACTIVATIONS, MISH, RELU6, SWISH
 from fused_act.backends import get
 from tests.cases import all_cases
@@ -368,3 +371,32 @@ def test_report_names_every_backend():
         assert f"  {name:8} " in output
     for name in {"cuda", "triton"} - set(fused_act.available_backends()):
         assert f"  {name:8} not available: " in output
+
+
+ROOT = Path(__file__).parent.parent
+GENERIC = [
+    *(ROOT / "fused_act" / f"{name}.py" for name in ("activation", "weighted", "mirrored", "ops")),
+    ROOT / "fused_act" / "rematerialization.py",
+    *(
+        path
+        for path in (ROOT / "fused_act" / "backends").glob("*.py")
+        if path.name != "triton_activations.py"
+    ),
+    *(ROOT / "csrc" / f"{name}.cuh" for name in ("math", "elementwise", "weighted", "mirrored")),
+]
+
+
+@pytest.mark.parametrize("path", GENERIC, ids=lambda path: path.name)
+def test_generic_code_names_no_activation(path):
+    """But for examples, in comments and docstrings."""
+    text = path.read_text()
+    if path.suffix == ".py":
+        tree = ast.parse(text)
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+                node.value.value = ""
+        text = ast.unparse(tree)
+    else:
+        text = re.sub(r"//.*", "", text)
+    names = "|".join(row.name.replace("_", "_?") for row in ops.ROWS)
+    assert not re.findall(rf"(?i)(?<![a-z])(?:{names})(?![a-z])", text)
