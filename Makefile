@@ -49,7 +49,7 @@ mutate: $(VENV)/test fused_act/_C.abi3.so
 lint: $(VENV)/test
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
-	$(VENV)/bin/clang-format --dry-run --Werror csrc/* tests/*.cpp
+	$(VENV)/bin/clang-format --dry-run --Werror csrc/* tests/*.cpp tests/*.h
 
 # $(1): scripts, $(2): Python, $(3): options. One that fails keeps none of the others from running;
 # Ctrl-C does.

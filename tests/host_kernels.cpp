@@ -7,6 +7,7 @@
 
 #include "../csrc/activations.cuh"
 #include "../csrc/elementwise.cuh"
+#include "host.h"
 
 namespace fused_act {
 namespace {
@@ -59,18 +60,6 @@ void backward(Activation activation, const T* grad_output, const Saved* saved, T
     with_widest_access<T>(run, grad_output, grad_input);
   } else {
     with_widest_access<T>(run, grad_output, saved, grad_input);
-  }
-}
-
-// dtype: 0 for fp16, 1 for bf16, 2 for fp32.
-template <typename Run>
-void with_dtype(int dtype, Run run) {
-  if (dtype == 0) {
-    run(Half{});
-  } else if (dtype == 1) {
-    run(BFloat16{});
-  } else {
-    run(float{});
   }
 }
 

@@ -1,6 +1,7 @@
 // Runs the CUDA loops of a mirrored activation on the host, as host_kernels.cpp does the others.
 #include "../csrc/activations.cuh"
 #include "../csrc/mirrored.cuh"
+#include "host.h"
 
 namespace fused_act {
 namespace {
@@ -32,18 +33,6 @@ void backward(const T* grad_output, const uint8_t* mask, T* grad_input, Mirrored
         }
       },
       matrix, grad_output, grad_input);
-}
-
-// dtype: 0 for fp16, 1 for bf16, 2 for fp32.
-template <typename Run>
-void with_dtype(int dtype, Run run) {
-  if (dtype == 0) {
-    run(Half{});
-  } else if (dtype == 1) {
-    run(BFloat16{});
-  } else {
-    run(float{});
-  }
 }
 
 }  // namespace

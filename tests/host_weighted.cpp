@@ -3,22 +3,11 @@
 // plain one. See host_kernels.py.
 #include "../csrc/activations.cuh"
 #include "../csrc/weighted.cuh"
+#include "host.h"
 
 using namespace fused_act;
 
 namespace {
-
-// dtype: 0 for fp16, 1 for bf16, 2 for fp32.
-template <typename Run>
-void with_dtype(int dtype, Run run) {
-  if (dtype == 0) {
-    run(Half{});
-  } else if (dtype == 1) {
-    run(BFloat16{});
-  } else {
-    run(float{});
-  }
-}
 
 template <typename T, typename Run, typename... Pointers>
 void with_variant(int64_t numel, int64_t weights, int64_t inner, Run run, Pointers... pointers) {
