@@ -100,7 +100,7 @@ $(VENV)/demo: $(VENV)/torch pyproject.toml
 
 $(VENV)/test: $(VENV)/torch pyproject.toml
 	$(RUN) -m pip install -q "$(TRITON)"
-	FUSED_ACT_BUILD_CUDA=0 $(RUN) -m pip install -q --no-build-isolation -e ".[test,lint,export,zoo]"
+	FUSED_ACT_BUILD_CUDA=0 $(RUN) -m pip install -q --no-build-isolation -e ".[test,lint,export,zoo,bench]"
 	@touch $@
 
 # timm needs torchvision, and beside a build of that for CUDA transformers does not import.
