@@ -1,4 +1,4 @@
-"""Fused Mish, Swish (SiLU) and ReLU6 for PyTorch, in Triton and in CUDA C++."""
+"""Fused Mish, Swish (SiLU), ReLU6 and their family for PyTorch, in Triton and in CUDA C++."""
 
 from fused_act import ops  # noqa: F401 - defines torch.ops.fused_act_cuda and fused_act_triton
 from fused_act.activations.crelu import CReLU, CReLUFunction, crelu
