@@ -400,3 +400,25 @@ def test_generic_code_names_no_activation(path):
         text = re.sub(r"//.*", "", text)
     names = "|".join(row.name.replace("_", "_?") for row in ops.ROWS)
     assert not re.findall(rf"(?i)(?<![a-z])(?:{names})(?![a-z])", text)
+
+
+@pytest.mark.parametrize("name", ["torch", "triton", "cuda"])
+def test_every_backend_has_every_row(name):
+    """Or a forced one would fail with a KeyError."""
+    kernels = get(name).ready().kernels if name == "torch" else ops.kernels(f"fused_act_{name}")
+    assert kernels.keys() == {row.name for row in ops.ROWS}
+
+
+def test_forced_torch_computes_what_has_weights_or_is_mirrored():
+    x, weight = torch.randn(2, 3, 4), torch.rand(3)
+    expected = [
+        function(*arguments)
+        for function, arguments in (
+            (fused_act.prelu, (x, weight)),
+            (fused_act.swish, (x, weight)),
+            (fused_act.crelu, (x,)),
+        )
+    ]
+    with fused_act.use_backend("torch"):
+        found = [fused_act.prelu(x, weight), fused_act.swish(x, weight), fused_act.crelu(x)]
+    assert all(map(torch.equal, found, expected))

@@ -47,9 +47,9 @@ def convert(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def load() -> dict[str, Kernels]:
-    from fused_act.activations import ACTIVATIONS, MIRRORED
+    from fused_act.activations import ACTIVATIONS, MIRRORED, WEIGHTED
 
-    return {row.name: row.eager for row in (*ACTIVATIONS, *MIRRORED)}
+    return {row.name: row.eager for row in (*ACTIVATIONS, *WEIGHTED, *MIRRORED)}
 
 
 BACKEND = Backend(
