@@ -45,9 +45,9 @@ struct Mish {
     if constexpr (kLow) {
       const float clamped = clamp_max(x, 20.0f);
       const float e = exp2_approx(fmaf(clamped, kLog2e, 32.0f));
-      const float n = e * (e + 0x1p33f);
+      const float n = fmaf(e, e, e * 0x1p33f);
       const float r = reciprocal_approx(n + 0x1p65f);
-      return r * fmaf((clamped * r) * (e * (e + 0x1p32f)), 0x1p66f, n);
+      return r * fmaf((clamped * fmaf(e, -0x1p32f, n)) * r, 0x1p66f, n);
     } else {
       const float clamped = clamp(x, -240.0f, 20.0f);
       const bool tail = clamped < kTail;
@@ -96,7 +96,7 @@ struct Swish {
       const float z = clamp(x * beta, -104.0f, 104.0f);
       const float e = exp2_approx(fmaf(z, -kLog2e, -32.0f));
       const float r = reciprocal_approx(e + 0x1p-32f);
-      return (r * fmaf(z, e * r, 1.0f)) * 0x1p-32f;
+      return (r * fmaf(z * e, r, 1.0f)) * 0x1p-32f;
     } else {
       const auto [z, z_low] = argument(x);
       const bool tail = z < kTail;

@@ -123,9 +123,9 @@ def mish_derivative(x, LOW: tl.constexpr):
     if LOW:
         clamped = clamp_max(x, 20.0)
         e = exp2_approx(clamped * LOG2E + 32.0)
-        n = e * (e + TWO_33)
+        n = tl.fma(e, e, e * TWO_33)
         r = reciprocal_approx(n + TWO_65)
-        return r * tl.fma((clamped * r) * (e * (e + TWO_32)), TWO_66, n)
+        return r * tl.fma((clamped * tl.fma(e, -TWO_32, n)) * r, TWO_66, n)
     else:
         clamped = clamp(x, -240.0, 20.0)
         tail = clamped < TAIL
@@ -166,7 +166,7 @@ def swish_derivative(x, beta, LOW: tl.constexpr):
         z = clamp(x * beta, -104.0, 104.0)
         e = exp2_approx(z * -LOG2E - 32.0)
         r = reciprocal_approx(e + 1.0 / TWO_32)
-        return (r * tl.fma(z, e * r, 1.0)) * (1.0 / TWO_32)
+        return (r * tl.fma(z * e, r, 1.0)) * (1.0 / TWO_32)
     else:
         z, z_low = swish_argument(x, beta, -240.0, 128.0)
         tail = z < TAIL
