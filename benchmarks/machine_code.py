@@ -246,10 +246,11 @@ def compile_triton(
         signature = {"grad_output_ptr": element, "saved_ptr": "*u8" if masked else element}
         signature |= {"grad_input_ptr": element} | common
         function = "gradient" if masked else direction.replace("backward", "derivative")
-        constants = {"BACKWARD": math(function.replace(" ", "_")), "FROM_MASK": masked}
+        constants = {"BACKWARD": math(function.replace(" ", "_"))}
+        tile = triton_kernels.masked_backward_tile if masked else triton_kernels.backward_tile
+        constants |= {"TILE": tile}
     constants |= {"BLOCK_SIZE": triton_kernels.block_size(dtype)}
-    options = triton_kernels.launch_options(kernel, masked)
-    return compile_ahead(kernel, signature, constants, capability, options)
+    return compile_ahead(kernel, signature, constants, capability, triton_kernels.OPTIONS)
 
 
 def compile_mirrored(

@@ -20,6 +20,9 @@ from fused_act.backends import triton_activations
 # 32 bytes a thread: two 16-byte loads in flight for each input.
 NUM_WARPS = 4
 BYTES_PER_BLOCK = 32 * 32 * NUM_WARPS
+# A ceiling of registers, for warps enough in an SM. Of itself ptxas takes up to 63, most of them
+# for the last tile.
+OPTIONS = {"num_warps": NUM_WARPS, "maxnreg": 40}
 
 
 @triton.jit
@@ -29,6 +32,18 @@ def load(x_ptr, offsets, valid):
         return tl.load(x_ptr + offsets).to(tl.float32)
     else:
         return tl.load(x_ptr + offsets, mask=valid, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def load_in_order(x_ptr, offsets, valid):
+    """Load as stored, before what comes after it.
+
+    ptxas sinks other loads to where they are used, but keeps the order of volatile ones.
+    """
+    if valid is None:
+        return tl.load(x_ptr + offsets, volatile=True)
+    else:
+        return tl.load(x_ptr + offsets, mask=valid, other=0.0, volatile=True)
 
 
 @triton.jit
@@ -50,26 +65,41 @@ def mask_offsets(BLOCK_SIZE: tl.constexpr):
 
 
 @triton.jit
+def pack(passes, valid):
+    """The bytes of a mask; bits of elements that are not `valid` are 0."""
+    SIZE: tl.constexpr = passes.shape[0]
+    if valid is not None:
+        passes = passes & valid
+    bits = passes.to(tl.int32) << (tl.arange(0, SIZE) % 8)
+    return tl.sum(tl.reshape(bits, (SIZE // 8, 8)), axis=1).to(tl.uint8)
+
+
+# A tile has two halves, an access a thread each. Both are loaded before the math, one after the
+# other goes through it, and so needs half the registers.
+@triton.jit
 def forward_tile(
-    x_ptr, y_ptr, mask_ptr, numel, parameters, FORWARD, PASSES, FULL: tl.constexpr,
+    x_ptr, y_ptr, mask_ptr, start, numel, parameters, FORWARD, PASSES, FULL: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
 ):  # fmt: skip
     LOW: tl.constexpr = x_ptr.dtype.element_ty != tl.float32
-    offsets = tl.arange(0, BLOCK_SIZE)
-    valid = None if FULL else offsets < numel
-    x = load(x_ptr, offsets, valid)
-    store(y_ptr, offsets, FORWARD(x, *parameters, LOW), valid)
+    first = tl.arange(0, BLOCK_SIZE // 2)
+    second = first + BLOCK_SIZE // 2
+    first_valid = None if FULL else first < numel
+    second_valid = None if FULL else second < numel
+    x_first = load(x_ptr + start, first, first_valid)
+    x_second = load(x_ptr + start, second, second_valid)
+    store(y_ptr + start, first, FORWARD(x_first, *parameters, LOW), first_valid)
     if mask_ptr is not None:
-        passes = PASSES(x)
-        if not FULL:
-            passes = passes & valid
-        bits = passes.to(tl.int32) << (offsets % 8)
-        mask = tl.sum(tl.reshape(bits, (BLOCK_SIZE // 8, 8)), axis=1).to(tl.uint8)
+        mask_first = pack(PASSES(x_first), first_valid)
+    store(y_ptr + start, second, FORWARD(x_second, *parameters, LOW), second_valid)
+    if mask_ptr is not None:
+        mask_second = pack(PASSES(x_second), second_valid)
+        mask = tl.reshape(tl.trans(tl.join(mask_first, mask_second)), (BLOCK_SIZE // 8,))
         bytes_ = mask_offsets(BLOCK_SIZE)
         if FULL:
-            tl.store(mask_ptr + bytes_, mask)
+            tl.store(mask_ptr + start // 8 + bytes_, mask)
         else:
-            tl.store(mask_ptr + bytes_, mask, mask=bytes_ * 8 < numel)
+            tl.store(mask_ptr + start // 8 + bytes_, mask, mask=bytes_ * 8 < numel)
 
 
 @triton.jit
@@ -80,64 +110,74 @@ def forward_kernel(
     # 64 bits, for tensors of more than 2^31 elements; within a tile 32 bits do.
     start = tl.program_id(0).to(tl.int64) * BLOCK_SIZE
     left = numel - start
-    if mask_ptr is not None:
-        mask_ptr += start // 8
     if left >= BLOCK_SIZE:
         forward_tile(
-            x_ptr + start, y_ptr + start, mask_ptr, left, parameters, FORWARD, PASSES, True,
-            BLOCK_SIZE,
-        )  # fmt: skip
+            x_ptr, y_ptr, mask_ptr, start, left, parameters, FORWARD, PASSES, True, BLOCK_SIZE
+        )
     else:
         # 32 bits, or every offset would be compared in 64, for some 20 registers.
         forward_tile(
-            x_ptr + start, y_ptr + start, mask_ptr, left.to(tl.int32), parameters, FORWARD,
-            PASSES, False, BLOCK_SIZE,
+            x_ptr, y_ptr, mask_ptr, start, left.to(tl.int32), parameters, FORWARD, PASSES, False,
+            BLOCK_SIZE,
         )  # fmt: skip
 
 
 @triton.jit
 def backward_tile(
-    grad_output_ptr, saved_ptr, grad_input_ptr, numel, parameters, BACKWARD,
-    FROM_MASK: tl.constexpr, FULL: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    grad_output_ptr, x_ptr, grad_input_ptr, start, numel, parameters, DERIVATIVE,
+    FULL: tl.constexpr, BLOCK_SIZE: tl.constexpr,
 ):  # fmt: skip
-    LOW: tl.constexpr = grad_output_ptr.dtype.element_ty != tl.float32
+    LOW: tl.constexpr = x_ptr.dtype.element_ty != tl.float32
+    first = tl.arange(0, BLOCK_SIZE // 2)
+    second = first + BLOCK_SIZE // 2
+    first_valid = None if FULL else first < numel
+    second_valid = None if FULL else second < numel
+    # No math can begin before the last load, and that one is needed first.
+    x_second = load_in_order(x_ptr + start, second, second_valid)
+    grad_second = load_in_order(grad_output_ptr + start, second, second_valid)
+    grad_first = load_in_order(grad_output_ptr + start, first, first_valid)
+    x_first = load_in_order(x_ptr + start, first, first_valid)
+    grad_first = grad_first.to(tl.float32) * DERIVATIVE(x_first.to(tl.float32), *parameters, LOW)
+    store(grad_input_ptr + start, first, grad_first, first_valid)
+    grad_second = grad_second.to(tl.float32) * DERIVATIVE(x_second.to(tl.float32), *parameters, LOW)
+    store(grad_input_ptr + start, second, grad_second, second_valid)
+
+
+@triton.jit
+def masked_backward_tile(
+    grad_output_ptr, mask_ptr, grad_input_ptr, start, numel, parameters, GRADIENT,
+    FULL: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+):  # fmt: skip
     offsets = tl.arange(0, BLOCK_SIZE)
     valid = None if FULL else offsets < numel
-    grad_output = load(grad_output_ptr, offsets, valid)
-    if FROM_MASK:
-        bytes_ = mask_offsets(BLOCK_SIZE)
-        if FULL:
-            mask = tl.load(saved_ptr + bytes_)
-        else:
-            mask = tl.load(saved_ptr + bytes_, mask=bytes_ * 8 < numel, other=0)
-        bits = (mask.to(tl.int32)[:, None] >> tl.arange(0, 8)[None, :]) & 1
-        grad_input = BACKWARD(grad_output, tl.reshape(bits, (BLOCK_SIZE,)) != 0, *parameters)
+    grad_output = load(grad_output_ptr + start, offsets, valid)
+    bytes_ = mask_offsets(BLOCK_SIZE)
+    if FULL:
+        mask = tl.load(mask_ptr + start // 8 + bytes_)
     else:
-        grad_input = grad_output * BACKWARD(load(saved_ptr, offsets, valid), *parameters, LOW)
-    store(grad_input_ptr, offsets, grad_input, valid)
+        mask = tl.load(mask_ptr + start // 8 + bytes_, mask=bytes_ * 8 < numel, other=0)
+    bits = (mask.to(tl.int32)[:, None] >> tl.arange(0, 8)[None, :]) & 1
+    grad_input = GRADIENT(grad_output, tl.reshape(bits, (BLOCK_SIZE,)) != 0, *parameters)
+    store(grad_input_ptr + start, offsets, grad_input, valid)
 
 
 @triton.jit
 def backward_kernel(
     grad_output_ptr, saved_ptr, grad_input_ptr, numel, parameters, BACKWARD: tl.constexpr,
-    FROM_MASK: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    TILE: tl.constexpr, BLOCK_SIZE: tl.constexpr,
 ):  # fmt: skip
     # BACKWARD is the derivative, of x or of y, or what a mask makes of the gradient.
     start = tl.program_id(0).to(tl.int64) * BLOCK_SIZE
     left = numel - start
-    if FROM_MASK:
-        saved_ptr += start // 8
-    else:
-        saved_ptr += start
     if left >= BLOCK_SIZE:
-        backward_tile(
-            grad_output_ptr + start, saved_ptr, grad_input_ptr + start, left, parameters,
-            BACKWARD, FROM_MASK, True, BLOCK_SIZE,
+        TILE(
+            grad_output_ptr, saved_ptr, grad_input_ptr, start, left, parameters, BACKWARD, True,
+            BLOCK_SIZE,
         )  # fmt: skip
     else:
-        backward_tile(
-            grad_output_ptr + start, saved_ptr, grad_input_ptr + start, left.to(tl.int32),
-            parameters, BACKWARD, FROM_MASK, False, BLOCK_SIZE,
+        TILE(
+            grad_output_ptr, saved_ptr, grad_input_ptr, start, left.to(tl.int32), parameters,
+            BACKWARD, False, BLOCK_SIZE,
         )  # fmt: skip
 
 
@@ -146,24 +186,13 @@ def block_size(dtype: torch.dtype) -> int:
     return BYTES_PER_BLOCK // dtype.itemsize
 
 
-def launch_options(kernel, masked: bool) -> dict[str, int]:
-    """What `kernel` is compiled with: a ceiling of registers, for warps enough in an SM.
-
-    With a ceiling of its own choice ptxas takes up to 63, most of them for the last tile, and sinks
-    loads of backward to where they are used. 40 do where there is one input and no mask to make;
-    elsewhere it spills or sinks loads with fewer than 48.
-    """
-    many = masked if kernel is forward_kernel else not masked
-    return {"num_warps": NUM_WARPS, "maxnreg": 48 if many else 40}
-
-
-def launch(kernel, x: Tensor, *arguments, **options) -> None:
+def launch(kernel, x: Tensor, *arguments) -> None:
     """Launch `kernel`, whose last argument is the block size, over the elements of `x`."""
     numel = x.numel()
     if numel > 0:
         size = block_size(x.dtype)
         with torch.cuda.device_of(x):
-            kernel[(triton.cdiv(numel, size),)](*arguments, size, **options)
+            kernel[(triton.cdiv(numel, size),)](*arguments, size, **OPTIONS)
 
 
 def has_layout(x: Tensor, stride: Sequence[int]) -> bool:
@@ -203,7 +232,6 @@ def implementations(activation) -> dict:
             parameters,
             math["forward"],
             math["passes"],
-            **launch_options(forward_kernel, mask is not None),
         )
 
     def run_out(x, out, mask, parameters):
@@ -251,8 +279,7 @@ def implementations(activation) -> dict:
             grad_output.numel(),
             parameters,
             math[function],
-            masked,
-            **launch_options(backward_kernel, masked),
+            masked_backward_tile if masked else backward_tile,
         )
         return grad_input
 
