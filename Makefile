@@ -26,6 +26,8 @@ COMPARISONS := compare_speed $(filter-out compare_speed compare_instructions, \
 	$(basename $(notdir $(wildcard benchmarks/compare_*.py)))) plot_results plot_activations
 # A GPU is borrowed for minutes, and small networks on small images do not need one.
 GPU_COMPARISONS := $(filter-out compare_training,$(COMPARISONS))
+# On as many cores as there are, up to four: each process imports torch and what goes with it.
+PARALLEL := -n auto --maxprocesses 4 --dist worksteal
 # What runs the Triton kernels in the interpreter, in a process of its own.
 INTERPRETED := $(addprefix tests/test_,$(addsuffix .py,accuracy_kernels autograd benchmarks faults kernels layouts mirrored properties rematerialization weighted))
 
@@ -37,8 +39,8 @@ demo: $(VENV)/demo
 test: $(VENV)/test $(TIMM_VENV)/test fused_act/_C.abi3.so
 	@status=0; \
 	$(MAKE) --no-print-directory lint || status=1; \
-	$(RUN) -m pytest || status=1; \
-	TRITON_INTERPRET=1 $(RUN) -m pytest $(INTERPRETED) -m "not gpu" || status=1; \
+	$(RUN) -m pytest $(PARALLEL) || status=1; \
+	TRITON_INTERPRET=1 $(RUN) -m pytest $(PARALLEL) $(INTERPRETED) -m "not gpu" || status=1; \
 	$(RUN_TIMM) -m pytest -m zoo tests/test_zoo.py tests/test_readme.py || status=1; \
 	if [ $$status = 0 ]; then echo "make test: everything that needs no GPU passed"; \
 	else echo "make test: FAILED, see above"; fi; exit $$status

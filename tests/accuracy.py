@@ -161,7 +161,7 @@ class Errors:
 
 
 # Filled by `report`, printed by conftest.py behind the tests.
-REPORT: dict[tuple[str, ...], list] = {}
+REPORT: dict[tuple[str, ...], tuple] = {}
 
 
 def report(subject: str, errors: Errors) -> None:
@@ -170,9 +170,13 @@ def report(subject: str, errors: Errors) -> None:
         if errors.dtype is not torch.float32 or region.maximum == 0:
             continue
         key = (subject, errors.case.name, errors.kind, where)
-        if key not in REPORT or region.maximum >= REPORT[key][0]:
-            parameters = ", ".join(map(str, errors.case.parameters))
-            REPORT[key] = [region.maximum, region.mean, region.at, parameters, region.count]
+        parameters = ", ".join(map(str, errors.case.parameters))
+        add_to_report(key, (region.maximum, region.mean, region.at, parameters, region.count))
+
+
+def add_to_report(key: tuple[str, ...], found: tuple) -> None:
+    if key not in REPORT or found[0] >= REPORT[key][0]:
+        REPORT[key] = found
 
 
 def true_value(case, kind: str, x: Tensor, y: Tensor | None = None) -> Tensor:

@@ -22,6 +22,18 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
 
 
+def pytest_sessionfinish(session):
+    """With pytest-xdist the tests run in other processes than the one that prints."""
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["accuracy"] = list(accuracy.REPORT.items())
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node):
+    for key, found in getattr(node, "workeroutput", {}).get("accuracy", []):
+        accuracy.add_to_report(key, found)
+
+
 def pytest_terminal_summary(terminalreporter):
     if not accuracy.REPORT:
         return
