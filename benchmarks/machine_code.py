@@ -293,7 +293,7 @@ def compile_triton_weighted(
     capability: int,
 ):
     """As `compile_triton`, for a weight of each row or column, of which 16 divides the length."""
-    from fused_act.backends import triton_activations, triton_kernels, triton_weighted
+    from fused_act.backends import triton_activations, triton_weighted
 
     shape = (64, 128, 1, 1) if by_column else (64, 64, 64, 64)
     x = torch.empty(shape, dtype=dtype, device="meta")
@@ -312,7 +312,7 @@ def compile_triton_weighted(
         name: fp32.get(name) or sizes.get(name) or f"*{TRITON_TYPES[dtype]}"
         for name in kernel.arg_names
     }
-    options = {"num_warps": triton_kernels.NUM_WARPS}
+    options = getattr(triton_weighted, f"{direction.upper()}_OPTIONS")
     return compile_ahead(kernel, signature, constants, capability, options, ("columns", "weights"))
 
 

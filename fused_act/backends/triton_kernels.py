@@ -65,11 +65,9 @@ def mask_offsets(BLOCK_SIZE: tl.constexpr):
 
 
 @triton.jit
-def pack(passes, valid):
-    """The bytes of a mask; bits of elements that are not `valid` are 0."""
+def pack(passes):
+    """The bytes of a mask: a bit for each of a vector of so many times eight elements."""
     SIZE: tl.constexpr = passes.shape[0]
-    if valid is not None:
-        passes = passes & valid
     bits = passes.to(tl.int32) << (tl.arange(0, SIZE) % 8)
     return tl.sum(tl.reshape(bits, (SIZE // 8, 8)), axis=1).to(tl.uint8)
 
@@ -90,10 +88,10 @@ def forward_tile(
     x_second = load(x_ptr + start, second, second_valid)
     store(y_ptr + start, first, FORWARD(x_first, *parameters, LOW), first_valid)
     if mask_ptr is not None:
-        mask_first = pack(PASSES(x_first), first_valid)
+        mask_first = pack(PASSES(x_first) if FULL else PASSES(x_first) & first_valid)
     store(y_ptr + start, second, FORWARD(x_second, *parameters, LOW), second_valid)
     if mask_ptr is not None:
-        mask_second = pack(PASSES(x_second), second_valid)
+        mask_second = pack(PASSES(x_second) if FULL else PASSES(x_second) & second_valid)
         mask = tl.reshape(tl.trans(tl.join(mask_first, mask_second)), (BLOCK_SIZE // 8,))
         bytes_ = mask_offsets(BLOCK_SIZE)
         if FULL:

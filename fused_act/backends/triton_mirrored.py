@@ -19,10 +19,12 @@ from fused_act.backends.triton_kernels import (
     has_layout,
     load,
     mask_offsets,
+    pack,
     store,
 )
 from fused_act.mirrored import Layout
 
+# With 40 registers, as many as elsewhere, tiles of 16 columns spill.
 OPTIONS = {"num_warps": NUM_WARPS, "maxnreg": 48}
 
 
@@ -63,8 +65,7 @@ def valid_in(rows_left, columns_left, FULL: tl.constexpr, BM: tl.constexpr, COLU
 def store_bits(mask_ptr, offsets, passes, valid, byte_valid, BM: tl.constexpr, BK: tl.constexpr):
     if valid is not None:
         passes = passes & valid
-    bits = passes.to(tl.int32) << (tl.arange(0, BK) % 8)[None, :]
-    mask = tl.sum(tl.reshape(bits, (BM, BK // 8, 8)), axis=2).to(tl.uint8)
+    mask = tl.reshape(pack(tl.reshape(passes, (BM * BK,))), (BM, BK // 8))
     tl.store(mask_ptr + offsets, mask, mask=byte_valid)
 
 

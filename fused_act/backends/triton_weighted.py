@@ -17,10 +17,21 @@ from torch import Tensor
 
 from fused_act import ops
 from fused_act.backends import triton_activations
-from fused_act.backends.triton_kernels import NUM_WARPS, block_size, load, store, with_layout_of
+from fused_act.backends.triton_kernels import (
+    NUM_WARPS,
+    block_size,
+    load,
+    load_in_order,
+    store,
+    with_layout_of,
+)
 
 # Of a tile whose columns have weights: one cache line. Wider ones have few rows to sum over.
 COLUMN_BYTES = 128
+
+# As many registers as leave room for 48 KiB of loads in an SM, 72 in backward.
+FORWARD_OPTIONS = {"num_warps": NUM_WARPS, "maxnreg": 40}
+BACKWARD_OPTIONS = {"num_warps": NUM_WARPS, "maxnreg": 56}
 
 
 class Matrix(NamedTuple):
@@ -92,11 +103,16 @@ def load_weight(
         return tl.load(weight_ptr + column, mask=column < columns, other=0.0)[None, :]
 
 
+# A tile loads its weights itself, with `weights_at` as load_weight takes it: before the branch that
+# chooses the tile, what is computed of a weight alone would wait for it, and x with that.
 @triton.jit
 def forward_tile(
-    x_ptr, y_ptr, weight, offsets, valid, FORWARD: tl.constexpr, LOW: tl.constexpr
+    x_ptr, y_ptr, weights_at, offsets, valid, FORWARD: tl.constexpr, LOW: tl.constexpr,
+    BY_COLUMN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    store(y_ptr, offsets, FORWARD(load(x_ptr, offsets, valid), weight, LOW), valid)
+    x = load(x_ptr, offsets, valid)
+    weight = load_weight(*weights_at, BY_COLUMN, BLOCK_M, BLOCK_K)
+    store(y_ptr, offsets, FORWARD(x, weight, LOW), valid)
 
 
 @triton.jit
@@ -106,26 +122,32 @@ def forward_kernel(
 ):  # fmt: skip
     LOW: tl.constexpr = x_ptr.dtype.element_ty != tl.float32
     row, column_block, start = tile_of(columns, BLOCK_M, BLOCK_K)
-    weight = load_weight(
-        weight_ptr, row, column_block, columns, weights, BY_COLUMN, BLOCK_M, BLOCK_K
-    )  # fmt: skip
+    weights_at = (weight_ptr, row, column_block, columns, weights)
     offsets = offsets_of(columns, BLOCK_M, BLOCK_K)
     left, columns_left = numel - start, columns - column_block.to(tl.int64) * BLOCK_K
+    x_ptr += start
+    y_ptr += start
     if columns_left >= BLOCK_K and left >= (BLOCK_M - 1) * columns + BLOCK_K:
-        forward_tile(x_ptr + start, y_ptr + start, weight, offsets, None, FORWARD, LOW)
+        forward_tile(
+            x_ptr, y_ptr, weights_at, offsets, None, FORWARD, LOW, BY_COLUMN, BLOCK_M, BLOCK_K
+        )
     else:
         valid = (offsets < left) & (tl.arange(0, BLOCK_K)[None, :] < columns_left)
-        forward_tile(x_ptr + start, y_ptr + start, weight, offsets, valid, FORWARD, LOW)
+        forward_tile(
+            x_ptr, y_ptr, weights_at, offsets, valid, FORWARD, LOW, BY_COLUMN, BLOCK_M, BLOCK_K
+        )
 
 
 @triton.jit
 def backward_tile(
-    grad_output_ptr, x_ptr, weight, grad_input_ptr, offsets, valid, DERIVATIVE: tl.constexpr,
+    grad_output_ptr, x_ptr, weights_at, grad_input_ptr, offsets, valid, DERIVATIVE: tl.constexpr,
     WEIGHT_GRADIENT: tl.constexpr, LOW: tl.constexpr, BY_COLUMN: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Store the gradient of x; return the sums for the weights of the tile."""
-    grad_output = load(grad_output_ptr, offsets, valid)
-    x = load(x_ptr, offsets, valid)
+    grad_output = load_in_order(grad_output_ptr, offsets, valid).to(tl.float32)
+    x = load_in_order(x_ptr, offsets, valid).to(tl.float32)
+    weight = load_weight(*weights_at, BY_COLUMN, BLOCK_M, BLOCK_K)
     store(grad_input_ptr, offsets, grad_output * DERIVATIVE(x, weight, LOW), valid)
     # What is not valid was loaded as 0, and a gradient of 0 adds nothing.
     return tl.sum(WEIGHT_GRADIENT(grad_output, x, weight, LOW), axis=0 if BY_COLUMN else 1)
@@ -139,9 +161,7 @@ def backward_kernel(
 ):  # fmt: skip
     LOW: tl.constexpr = x_ptr.dtype.element_ty != tl.float32
     row, column_block, start = tile_of(columns, BLOCK_M, BLOCK_K)
-    weight = load_weight(
-        weight_ptr, row, column_block, columns, weights, BY_COLUMN, BLOCK_M, BLOCK_K
-    )  # fmt: skip
+    weights_at = (weight_ptr, row, column_block, columns, weights)
     offsets = offsets_of(columns, BLOCK_M, BLOCK_K)
     left, columns_left = numel - start, columns - column_block.to(tl.int64) * BLOCK_K
     grad_output_ptr += start
@@ -149,14 +169,14 @@ def backward_kernel(
     grad_input_ptr += start
     if columns_left >= BLOCK_K and left >= (BLOCK_M - 1) * columns + BLOCK_K:
         sums = backward_tile(
-            grad_output_ptr, x_ptr, weight, grad_input_ptr, offsets, None, DERIVATIVE,
-            WEIGHT_GRADIENT, LOW, BY_COLUMN,
+            grad_output_ptr, x_ptr, weights_at, grad_input_ptr, offsets, None, DERIVATIVE,
+            WEIGHT_GRADIENT, LOW, BY_COLUMN, BLOCK_M, BLOCK_K,
         )  # fmt: skip
     else:
         valid = (offsets < left) & (tl.arange(0, BLOCK_K)[None, :] < columns_left)
         sums = backward_tile(
-            grad_output_ptr, x_ptr, weight, grad_input_ptr, offsets, valid, DERIVATIVE,
-            WEIGHT_GRADIENT, LOW, BY_COLUMN,
+            grad_output_ptr, x_ptr, weights_at, grad_input_ptr, offsets, valid, DERIVATIVE,
+            WEIGHT_GRADIENT, LOW, BY_COLUMN, BLOCK_M, BLOCK_K,
         )  # fmt: skip
     if not BY_COLUMN:
         # One sum for each row and column block.
@@ -179,7 +199,7 @@ def implementations(row) -> dict:
         for function in ("forward", "derivative", "weight_gradient")
     )
 
-    def launch(kernel, matrix, x, weight, *arguments):
+    def launch(kernel, options, matrix, x, weight, *arguments):
         *tensors, functions = arguments
         row_blocks, column_blocks = matrix.blocks
         with torch.cuda.device_of(x):
@@ -193,7 +213,7 @@ def implementations(row) -> dict:
                 matrix.by_column,
                 matrix.tile_rows,
                 matrix.tile_columns,
-                num_warps=NUM_WARPS,
+                **options,
             )
 
     def forward(x, weight):
@@ -202,7 +222,7 @@ def implementations(row) -> dict:
         if x.numel() > 0:
             x = with_layout_of(y, x)
             matrix = Matrix.of(x, weight.numel())
-            launch(forward_kernel, matrix, x, weight, x, y, (forward_function,))
+            launch(forward_kernel, FORWARD_OPTIONS, matrix, x, weight, x, y, (forward_function,))
         return y
 
     def backward(grad_output, x, weight):
@@ -219,8 +239,8 @@ def implementations(row) -> dict:
             partials = weight.new_empty(
                 matrix.rows // weight.numel(), weight.numel(), column_blocks
             )
-        tensors = grad_output, x, grad_input, partials
-        launch(backward_kernel, matrix, x, weight, *tensors, (derivative, weight_gradient))
+        tensors, functions = (grad_output, x, grad_input, partials), (derivative, weight_gradient)
+        launch(backward_kernel, BACKWARD_OPTIONS, matrix, x, weight, *tensors, functions)
         return grad_input, partials.sum((0, 2))
 
     return {row.name: forward, f"{row.name}_backward": backward}
