@@ -45,6 +45,7 @@ struct Mish {
     if constexpr (kLow) {
       const float clamped = clamp_max(x, 20.0f);
       const float e = exp2_approx(fmaf(clamped, kLog2e, 32.0f));
+      // x and e are used up before r is there, which takes fewer registers.
       const float n = fmaf(e, e, e * 0x1p33f);
       const float r = reciprocal_approx(n + 0x1p65f);
       return r * fmaf((clamped * fmaf(e, -0x1p32f, n)) * r, 0x1p66f, n);

@@ -123,6 +123,7 @@ def mish_derivative(x, LOW: tl.constexpr):
     if LOW:
         clamped = clamp_max(x, 20.0)
         e = exp2_approx(clamped * LOG2E + 32.0)
+        # x and e are used up before r is there, which takes fewer registers.
         n = tl.fma(e, e, e * TWO_33)
         r = reciprocal_approx(n + TWO_65)
         return r * tl.fma((clamped * tl.fma(e, -TWO_32, n)) * r, TWO_66, n)

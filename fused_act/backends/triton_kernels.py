@@ -72,8 +72,9 @@ def pack(passes):
     return tl.sum(tl.reshape(bits, (SIZE // 8, 8)), axis=1).to(tl.uint8)
 
 
-# A tile has two halves, an access a thread each. Both are loaded before the math, one after the
-# other goes through it, and so needs half the registers.
+# A tile has two halves, an access a thread each. Both are loaded before the math; then one goes
+# through it after the other, which takes half the registers. `start` is added where a pointer is
+# used: earlier, the address of the result would be held meanwhile.
 @triton.jit
 def forward_tile(
     x_ptr, y_ptr, mask_ptr, start, numel, parameters, FORWARD, PASSES, FULL: tl.constexpr,
@@ -122,22 +123,24 @@ def forward_kernel(
 
 @triton.jit
 def backward_tile(
-    grad_output_ptr, x_ptr, grad_input_ptr, start, numel, parameters, DERIVATIVE,
+    grad_output_ptr, saved_ptr, grad_input_ptr, start, numel, parameters, DERIVATIVE,
     FULL: tl.constexpr, BLOCK_SIZE: tl.constexpr,
 ):  # fmt: skip
-    LOW: tl.constexpr = x_ptr.dtype.element_ty != tl.float32
+    LOW: tl.constexpr = saved_ptr.dtype.element_ty != tl.float32
     first = tl.arange(0, BLOCK_SIZE // 2)
     second = first + BLOCK_SIZE // 2
     first_valid = None if FULL else first < numel
     second_valid = None if FULL else second < numel
     # No math can begin before the last load, and that one is needed first.
-    x_second = load_in_order(x_ptr + start, second, second_valid)
+    saved_second = load_in_order(saved_ptr + start, second, second_valid)
     grad_second = load_in_order(grad_output_ptr + start, second, second_valid)
     grad_first = load_in_order(grad_output_ptr + start, first, first_valid)
-    x_first = load_in_order(x_ptr + start, first, first_valid)
-    grad_first = grad_first.to(tl.float32) * DERIVATIVE(x_first.to(tl.float32), *parameters, LOW)
+    saved_first = load_in_order(saved_ptr + start, first, first_valid)
+    grad_first = grad_first.to(tl.float32)
+    grad_first *= DERIVATIVE(saved_first.to(tl.float32), *parameters, LOW)
     store(grad_input_ptr + start, first, grad_first, first_valid)
-    grad_second = grad_second.to(tl.float32) * DERIVATIVE(x_second.to(tl.float32), *parameters, LOW)
+    grad_second = grad_second.to(tl.float32)
+    grad_second *= DERIVATIVE(saved_second.to(tl.float32), *parameters, LOW)
     store(grad_input_ptr + start, second, grad_second, second_valid)
 
 
