@@ -20,6 +20,8 @@ TORCHVISION ?= torchvision==0.28.0
 # The instruction counts are gated on this compiler; others run for correctness.
 TRITON ?= triton==3.7.1
 CSRC := $(wildcard csrc/*)
+# The oldest that is supported: everything compiles with it, too.
+TRITON_OLDEST ?= triton==3.6.0
 # What takes long and matters most comes first, and the pictures last. compare_instructions is run by
 # hand: it takes minutes to compile, and says the same everywhere.
 COMPARISONS := compare_speed $(filter-out compare_speed compare_instructions, \
@@ -36,11 +38,12 @@ INTERPRETED := $(addprefix tests/test_,$(addsuffix .py,accuracy_kernels autograd
 demo: $(VENV)/demo
 	$(RUN) -m benchmarks.demo
 
-test: $(VENV)/test $(TIMM_VENV)/test fused_act/_C.abi3.so
+test: $(VENV)/test $(VENV)/triton-oldest $(TIMM_VENV)/test fused_act/_C.abi3.so
 	@status=0; \
 	$(MAKE) --no-print-directory lint || status=1; \
 	$(RUN) -m pytest $(PARALLEL) || status=1; \
 	TRITON_INTERPRET=1 $(RUN) -m pytest $(PARALLEL) $(INTERPRETED) -m "not gpu" || status=1; \
+	PYTHONPATH=$(VENV)/triton-oldest $(RUN) -m pytest tests/test_machine_code.py -k compiles || status=1; \
 	$(RUN_TIMM) -m pytest -m zoo tests/test_zoo.py tests/test_readme.py || status=1; \
 	if [ $$status = 0 ]; then echo "make test: everything that needs no GPU passed"; \
 	else echo "make test: FAILED, see above"; fi; exit $$status
@@ -103,6 +106,11 @@ $(VENV)/demo: $(VENV)/torch pyproject.toml
 $(VENV)/test: $(VENV)/torch pyproject.toml
 	$(RUN) -m pip install -q "$(TRITON)"
 	FUSED_ACT_BUILD_CUDA=0 $(RUN) -m pip install -q --no-build-isolation -e ".[test,lint,export,zoo,bench]"
+	@touch $@
+
+# Beside the other, to be found first where PYTHONPATH says so.
+$(VENV)/triton-oldest: $(VENV)/torch
+	$(RUN) -m pip install -q --no-deps --upgrade --target $@ "$(TRITON_OLDEST)"
 	@touch $@
 
 # timm needs torchvision, and beside a build of that for CUDA transformers does not import.

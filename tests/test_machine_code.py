@@ -15,7 +15,7 @@ import torch
 
 from benchmarks import compare_instructions, machine_code
 from benchmarks.machine_code import Instruction, Kernel
-from fused_act.activations import ACTIVATIONS, MIRRORED, MISH
+from fused_act.activations import ACTIVATIONS, MIRRORED, MISH, WEIGHTED
 from fused_act.backends import triton
 from fused_act.backends.cuda import extension
 from tests.cases import all_dtypes, both_16_bit_dtypes
@@ -88,15 +88,14 @@ BACKENDS_BY_NAME = {
     "cuda": pytest.mark.skipif(extension() is None, reason="needs the CUDA extension"),
 }
 BACKENDS = [pytest.param(name, marks=mark) for name, mark in BACKENDS_BY_NAME.items()]
-KERNELS = [
-    pytest.param(
-        activation,
-        direction,
-        masked,
-        id=f"{activation.name}-{direction}{'-masked' if masked else ''}",
-    )
-    for activation, direction, masked in machine_code.kernels()
-]
+
+
+def named(row, direction, masked):
+    suffix = "-masked" if masked else ""
+    return pytest.param(row, direction, masked, id=f"{row.name}-{direction}{suffix}")
+
+
+KERNELS = [named(*kernel) for kernel in machine_code.kernels()]
 all_kernels = pytest.mark.parametrize(("activation", "direction", "masked"), KERNELS)
 
 
@@ -117,6 +116,25 @@ def skip_unless_counted(backend):
     (counted,) = re.findall(r"^TRITON \?= triton==(\S+)", MAKEFILE.read_text(), re.MULTILINE)
     if backend == "triton" and triton.version() != counted:
         pytest.skip(f"counts are those of triton {counted}")
+
+
+@BACKENDS_BY_NAME["triton"]
+@pytest.mark.parametrize(
+    ("row", "direction", "masked"),
+    [named(*kernel) for kernel in (*machine_code.kernels(), *machine_code.matrix_kernels())],
+)
+def test_every_triton_kernel_compiles(row, direction, masked):
+    """`make test` runs this with the oldest Triton that is supported, too."""
+    elementwise = row in ACTIVATIONS
+    compile_ = machine_code.triton_kernel if elementwise else machine_code.triton_matrix_kernel
+    assert compile_(row, direction, masked, torch.bfloat16, 90).accesses("STG")
+    if row in WEIGHTED:  # the above is for a weight of each row
+        machine_code.compile_triton_weighted(row, direction, True, torch.bfloat16, 90)
+
+
+def test_the_oldest_triton_that_is_tested_is_the_oldest_that_is_supported():
+    (tested,) = re.findall(r"^TRITON_OLDEST \?= triton==(\S+)", MAKEFILE.read_text(), re.MULTILINE)
+    assert tuple(map(int, tested.split(".")))[:2] == triton.MINIMUM
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -52,13 +52,10 @@ def left_of(size, start, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def valid_in(rows_left, columns_left, FULL: tl.constexpr, BM: tl.constexpr, COLUMNS: tl.constexpr):
-    """Which elements of a tile exist; None if all do."""
-    if FULL:
-        return None
-    else:
-        rows, columns = tl.arange(0, BM), tl.arange(0, COLUMNS)
-        return (rows < rows_left)[:, None] & (columns < columns_left)[None, :]
+def valid_in(rows_left, columns_left, BM: tl.constexpr, COLUMNS: tl.constexpr):
+    """Which elements of a tile exist."""
+    rows, columns = tl.arange(0, BM), tl.arange(0, COLUMNS)
+    return (rows < rows_left)[:, None] & (columns < columns_left)[None, :]
 
 
 @triton.jit
@@ -77,7 +74,7 @@ def forward_tile(
     LOW: tl.constexpr = x_ptr.dtype.element_ty != tl.float32
     rows = tl.arange(0, BM)[:, None]
     offsets = rows * columns + tl.arange(0, BK)[None, :]
-    valid = valid_in(rows_left, columns_left, FULL, BM, BK)
+    valid = None if FULL else valid_in(rows_left, columns_left, BM, BK)
     x = load(x_ptr, offsets, valid)
     offsets += rows * columns
     store(y_ptr, offsets, FORWARD(x, LOW), valid)
@@ -85,7 +82,7 @@ def forward_tile(
     if mask_ptr is not None:
         bytes_ = bytes_of(columns)
         offsets = rows * (2 * bytes_) + mask_offsets(BK)[None, :]
-        byte_valid = valid_in(rows_left, bytes_of(columns_left), FULL, BM, BK // 8)
+        byte_valid = None if FULL else valid_in(rows_left, bytes_of(columns_left), BM, BK // 8)
         store_bits(mask_ptr, offsets, PASSES(x), valid, byte_valid, BM, BK)
         store_bits(mask_ptr + bytes_, offsets, PASSES(-x), valid, byte_valid, BM, BK)
 
@@ -125,12 +122,12 @@ def backward_tile(
     rows = tl.arange(0, BM)[:, None]
     input_offsets = rows * columns + tl.arange(0, BK)[None, :]
     offsets = input_offsets + rows * columns
-    valid = valid_in(rows_left, columns_left, FULL, BM, BK)
+    valid = None if FULL else valid_in(rows_left, columns_left, BM, BK)
     grad = load(grad_output_ptr, offsets, valid)
     mirrored_grad = load(grad_output_ptr + columns, offsets, valid)
     bytes_ = bytes_of(columns)
     offsets = rows * (2 * bytes_) + mask_offsets(BK)[None, :]
-    byte_valid = valid_in(rows_left, bytes_of(columns_left), FULL, BM, BK // 8)
+    byte_valid = None if FULL else valid_in(rows_left, bytes_of(columns_left), BM, BK // 8)
     passes = load_bits(mask_ptr, offsets, byte_valid, BM, BK)
     mirrored_passes = load_bits(mask_ptr + bytes_, offsets, byte_valid, BM, BK)
     grad_input = GRADIENT(grad, passes) - GRADIENT(mirrored_grad, mirrored_passes)
