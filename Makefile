@@ -19,14 +19,14 @@ TORCH ?= torch==2.13.0
 TORCHVISION ?= torchvision==0.28.0
 # The instruction counts are gated on this compiler; others run for correctness.
 TRITON ?= triton==3.7.1
-CSRC := $(wildcard csrc/*)
 # The oldest that is supported: everything compiles with it, too.
 TRITON_OLDEST ?= triton==3.6.0
+CSRC := $(wildcard csrc/*)
 # What takes long and matters most comes first, and the pictures last. compare_instructions is run by
 # hand: it takes minutes to compile, and says the same everywhere.
 COMPARISONS := compare_speed $(filter-out compare_speed compare_instructions, \
 	$(basename $(notdir $(wildcard benchmarks/compare_*.py)))) plot_results plot_activations
-# A GPU is borrowed for minutes, and small networks on small images do not need one.
+# `make gpu` takes minutes, and small networks on small images do not need a GPU.
 GPU_COMPARISONS := $(filter-out compare_training,$(COMPARISONS))
 # On as many cores as there are, up to four: each process imports torch and what goes with it.
 PARALLEL := -n auto --maxprocesses 4 --dist worksteal

@@ -11,6 +11,7 @@ import torch
 
 import fused_act
 from benchmarks import environment
+from fused_act.backends import triton
 from tests import accuracy, host_kernels
 
 
@@ -20,6 +21,11 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
+
+
+def pytest_report_header():
+    """Which Triton runs: `make test` takes two."""
+    return f"torch {torch.__version__}, triton {triton.version()}"
 
 
 def pytest_sessionfinish(session):
