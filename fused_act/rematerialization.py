@@ -89,13 +89,26 @@ def pack(tensor: Tensor, norm: bool) -> Kept | Recomputed | View:
     base = tensor._base if tensor._is_view() else tensor
     recomputed = None
     # A write bumps the version; those that autograd sees also change grad_fn.
-    plain = type(tensor) in PLAIN and type(base) in PLAIN and base.dtype is tensor.dtype
-    if plain and base._version == 0 and base.grad_fn is not None:
+    if is_layout_of(base, tensor) and base._version == 0 and base.grad_fn is not None:
         recomputed = recompute(base, norm)
     if recomputed is None:
         return Kept(tensor)
     recomputed.users += 1
     return recomputed if base is tensor else View(recomputed, tensor)
+
+
+def is_layout_of(base: Tensor, view: Tensor) -> bool:
+    """Whether `base`, size, stride and offset are all there is to know of `view`.
+
+    A view may also negate or conjugate what it reads, such as `z.conj().imag`, whose negative bit a
+    layout loses (pytorch#184379), or read another dtype, or belong to a subclass.
+    """
+    return (
+        type(view) in PLAIN
+        and type(base) in PLAIN
+        and view.dtype is base.dtype
+        and not (view.is_neg() or view.is_conj())
+    )
 
 
 def unpack(packed: Kept | Recomputed | View) -> Tensor:
@@ -138,7 +151,8 @@ def of_activation(node: Node) -> Recomputed | None:
     if function is not None:
         if not issubclass(function, KernelFunction) or function.saves == "y":
             return None
-        if node.kernels.forward_with_mask is not None:
+        # That of an activation with a weight, or of x and -x, has no parameters.
+        if node.kernels.forward_with_mask is not None or not hasattr(node, "parameters"):
             return None
         forward, parameters = node.kernels.forward, node.parameters
         (x,) = peek(lambda: node.saved_tensors)
@@ -212,8 +226,10 @@ def rematerialize(*, norm: bool = False) -> Iterator[None]:
 
     What is kept all the same: what an activation has written in place, the output of a ReLU6 kernel
     (which saves bits, not its input), of a Swish with another `beta` than 1 where no kernel runs,
-    and of an activation whose output was changed afterwards or cast by autocast. A change through
-    `.data` is one that nobody sees: the output is computed again as it was before.
+    of an activation with a learnable weight, of one whose output was changed afterwards or cast by
+    autocast, and a view of an output that negates it, such as `z.conj().imag` of a complex view z
+    (pytorch#184379). A change through `.data` is one that nobody sees: the output is computed again
+    as it was before.
 
     Args:
         norm: also compute the outputs of batch normalization again, from its input. Where torch

@@ -14,8 +14,11 @@ from torch import Tensor
 
 import fused_act
 from fused_act.activation import Activation
-from fused_act.activations import ACTIVATIONS
+from fused_act.activations import ACTIVATIONS, MIRRORED, WEIGHTED
+from fused_act.activations.swish import torch_learnable
 from fused_act.backends import DTYPES
+from fused_act.mirrored import MirroredActivation
+from fused_act.weighted import WeightedActivation
 
 # One activation for each way through the code, by what it saves, out of place and in place, and by
 # its parameters; and those that are taken. The accuracy is tested of all activations.
@@ -39,7 +42,7 @@ DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRET else "cpu"
 class Case:
     """An activation with parameters: our function and torch's, both `f(x, inplace=False)`."""
 
-    activation: Activation
+    activation: Activation | WeightedActivation | MirroredActivation
     parameters: tuple[float, ...]
     function: Callable[..., Tensor]
     torch_function: Callable[..., Tensor]
@@ -47,6 +50,11 @@ class Case:
     @property
     def name(self) -> str:
         return self.activation.name
+
+    def apply(self, x: Tensor) -> Tensor:
+        """The Function by itself."""
+        weight = (weight_of(x),) if isinstance(self.activation, WeightedActivation) else ()
+        return self.activation.Function.apply(x, *weight, *self.parameters)
 
     def __str__(self) -> str:
         return "-".join([self.name, *map(str, self.parameters)])
@@ -89,7 +97,41 @@ def cases(parameters_by_name: dict[str, list[tuple[float, ...]]]) -> list[Case]:
     ]
 
 
+def weight_of(x: Tensor) -> Tensor:
+    """A weight that depends on `x`, for whatever differentiates with respect to `x`."""
+    return (0.3 + 0.01 * x.sum()).to(x.dtype).reshape(1)
+
+
+def of_weight(function: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., Tensor]:
+    """`f(x, inplace=False)` of an activation with a weight, which has no way to work in place."""
+    return lambda x, inplace=False: function(x, weight_of(x))
+
+
+def torch_crelu(x: Tensor, dim: int = 1) -> Tensor:
+    return torch.cat([F.relu(x), F.relu(-x)], dim)
+
+
+# f(x, weight), ours and torch's.
+WEIGHTED_FUNCTIONS = {
+    "prelu": (fused_act.prelu, F.prelu),
+    "learnable_swish": (fused_act.swish, torch_learnable),
+}
+CASES_OF_OTHERS = [
+    *(Case(row, (), *map(of_weight, WEIGHTED_FUNCTIONS[row.name])) for row in WEIGHTED),
+    *(
+        Case(
+            row,
+            (-1,),
+            lambda x, inplace=False: fused_act.crelu(x, -1),
+            lambda x, inplace=False: torch_crelu(x, -1),
+        )
+        for row in MIRRORED
+    ),
+]
+
 CASES = [case for case in cases(PARAMETERS) if case.name in REPRESENTATIVES]
+# Of every row there is.
+ALL_CASES = [*cases(PARAMETERS), *CASES_OF_OTHERS]
 ACCURACY_CASES = cases(ACCURACY_PARAMETERS)
 OF_OUTPUT = [case for case in ACCURACY_CASES if case.activation.saves_inplace == "y"]
 
@@ -100,6 +142,7 @@ BACKENDS = [
 ]
 
 all_cases = pytest.mark.parametrize("case", CASES, ids=str)
+all_rows = pytest.mark.parametrize("case", ALL_CASES, ids=str)
 all_accuracy_cases = pytest.mark.parametrize("case", ACCURACY_CASES, ids=str)
 all_backends = pytest.mark.parametrize("backend", BACKENDS)
 all_dtypes = pytest.mark.parametrize(

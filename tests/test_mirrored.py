@@ -9,7 +9,6 @@ import re
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 import fused_act
 from fused_act import ops
@@ -24,6 +23,7 @@ from tests.cases import (
     all_backends,
     all_dtypes,
     both_16_bit_dtypes,
+    torch_crelu,
 )
 
 pytestmark = pytest.mark.usefixtures("forced")
@@ -31,10 +31,6 @@ pytestmark = pytest.mark.usefixtures("forced")
 (CRELU,) = MIRRORED
 # Around the ends of mask bytes and of tiles, which have 4,096 bytes.
 COLUMNS = (1, 2, 7, 8, 9, 15, 16, 17, 24, 48, 63, 1023, 1024, 1025, 2048, 2056, 4097)
-
-
-def torch_crelu(x, dim=1):
-    return torch.cat([F.relu(x), F.relu(-x)], dim)
 
 
 def assert_equal(ours, theirs):

@@ -20,7 +20,7 @@ import fused_act
 from benchmarks.networks import csp_network, digits_network, stack
 from fused_act import rematerialization
 from fused_act.rematerialization import Kept, Recomputed, same_bits
-from tests.cases import BACKENDS, CASES, DEVICE, INTERPRET, all_cases
+from tests.cases import BACKENDS, CASES, DEVICE, INTERPRET, all_cases, all_rows
 
 PART = 100  # graphs of one test
 # Kernels get fewer: they are slow in the interpreter, and a GPU's time is short.
@@ -107,6 +107,15 @@ def viewed_as_complex(x, f, seed):
     return x + (y * y).abs().sum(), []
 
 
+def negated_view(x, f, seed):
+    """Views of y that negate or conjugate what is in memory (pytorch#184379)."""
+    y = f(x[..., :4].reshape(*x.shape[:3], 2, 2).contiguous())
+    z = torch.view_as_complex(y)
+    weight = torch.randn(2, generator=torch.Generator().manual_seed(seed)).to(x).requires_grad_()
+    products = (z.conj().imag * weight, z.conj() * weight, z.imag.conj() * weight)
+    return x + sum(product.sum().real for product in products), [weight]
+
+
 def changed_afterwards(x, f, seed):
     y = f(x)
     y.mul_(0.5)
@@ -175,6 +184,7 @@ PIECES = [
     used_twice,
     viewed,
     viewed_as_complex,
+    negated_view,
     changed_afterwards,
     changed_unseen,
     changed_view,
@@ -242,6 +252,51 @@ def test_random_graphs(backend, first):
             except AssertionError:
                 names = [piece.__name__ for piece, _ in pieces]
                 pytest.fail(f"seed {seed}, {case}, {options}: {names}: {ours}, {theirs}")
+
+
+WAYS = [
+    *([] if INTERPRET else ["auto", "Function"]),
+    *(pytest.param(*each.values, marks=each.marks) for each in BACKENDS),
+]
+
+
+@all_rows
+@pytest.mark.parametrize("way", WAYS)
+def test_every_row_of_activations(case, way):
+    """Those too whose output is not computed again, among all that may save it."""
+
+    def function(x, inplace=False):
+        y = case.apply(x) if way == "Function" else case.function(x, inplace=inplace)
+        return y[..., : x.shape[-1]]  # CReLU's is twice as long
+
+    pieces = [block, viewed, negated_view, activated_in_place, saved_and_changed, convolved]
+    for piece in (pieces[:-1], *([one, convolved] for one in pieces)):
+        graph = [(one, seed) for seed, one in enumerate(piece)]
+        with fused_act.use_backend("auto" if way == "Function" else way):
+            theirs = run(graph, function, plain())
+            for options in ({}, {"norm": True}):
+                assert_same(run(graph, function, remat(**options)), theirs)
+
+
+@all_rows
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("options", [{}, {"norm": True}], ids=["", "norm"])
+def test_gradient_of_a_negated_view(case, way, options):
+    """Its sign, which torch has right without rematerialize and for the sum of a product."""
+
+    def gradient(context):
+        weight = torch.linspace(1, 2, 12, device=DEVICE).reshape(3, 4).requires_grad_()
+        x = torch.linspace(-3, 4, 24, device=DEVICE).reshape(3, 4, 2).requires_grad_()
+        with context:
+            y = case.apply(x * 1) if way == "Function" else case.function(x * 1)
+            z = torch.view_as_complex(y.reshape(3, -1, 2)[:, :4])
+            product = (z.conj().imag * weight).sum()
+        expected = -y.detach().reshape(3, -1, 2)[:, :4, 1]
+        return torch.autograd.grad(product, weight)[0], expected
+
+    with fused_act.use_backend("auto" if way == "Function" else way):
+        assert torch.equal(*gradient(remat(**options)))
+        assert torch.equal(*gradient(plain()))
 
 
 def kept_bytes(not_counted=()):
