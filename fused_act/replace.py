@@ -7,10 +7,12 @@ other reference to it hold, and nothing else in the model is touched.
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Callable
 from typing import TypeVar
 
 from torch import nn
+from torch.nn.utils import parametrize
 
 from fused_act.activations.leaky_relu import LeakyReLU
 from fused_act.activations.mish import Mish
@@ -51,6 +53,28 @@ def fused_class(module: nn.Module) -> type[nn.Module] | None:
     return FUSED.get(type(module))
 
 
+def owns_forward(module: nn.Module) -> bool:
+    """Whether the module itself holds a `forward`, which runs whatever its class is."""
+    return "forward" in vars(module)
+
+
+def warn_of_owners(function: str, names: list[str]) -> None:
+    if names:
+        found = ", ".join(repr(name) if name else "the model itself" for name in names)
+        warnings.warn(
+            f"{function}: these modules are left as they are, since each holds a `forward` of its "
+            f"own, which would run whatever its class is: {found}. Remove the hook or the patch "
+            "that put it there, and where one is left, `del module.forward`; then call again",
+            stacklevel=3,
+        )
+
+
+def rebased(parametrized: type[nn.Module], base: type[nn.Module]) -> type[nn.Module]:
+    """The class that `register_parametrization` would have made of `base`."""
+    members = {k: v for k, v in vars(parametrized).items() if k not in ("__dict__", "__weakref__")}
+    return type(parametrized)(parametrized.__name__, (base,), members)
+
+
 def replace_activations(
     model: Model, filter_fn: Callable[[str, nn.Module], bool] | None = None
 ) -> Model:
@@ -59,6 +83,10 @@ def replace_activations(
     These are `Mish`, `SiLU`, `ReLU6`, `Sigmoid`, `Tanh`, `ReLU`, `LeakyReLU`, `SELU` and `PReLU`,
     and transformers' `SiLUActivation` and `MishActivation`. Modules are matched by exact type and
     keep their `inplace`; parameters, buffers and `state_dict` stay as they are.
+
+    A module that holds a `forward` of its own (a hook of accelerate, a kernel of Hugging Face or a
+    monkeypatch has put it there; accelerate#1971, Liger-Kernel#593) would run that one all the
+    same. It is left as it is, and one warning lists the names of all such modules.
 
     Args:
         model: any module, an activation itself included.
@@ -69,31 +97,47 @@ def replace_activations(
     Returns:
         `model`.
     """
+    owners = []
     for name, module in model.named_modules():
         fused = fused_class(module)
         if fused is None or (filter_fn is not None and not filter_fn(name, module)):
+            continue
+        if owns_forward(module):
+            owners.append(name)
             continue
         if type(module) not in FUSED:
             module.replaced_class = type(module)
             module.inplace = False
         module.__class__ = fused
+    warn_of_owners("replace_activations", owners)
     return model
 
 
 def restore_activations(model: Model) -> Model:
     """The inverse of `replace_activations`: make the fused modules in `model` torch's, in place.
 
-    Not `Swish`, of which torch has none.
+    Not `Swish`, of which torch has none. One that was parametrized in the meantime stays so, on
+    torch's class (MQBench#57). Other subclasses of the fused classes stay what they are. A module
+    that holds a `forward` of its own is left as it is, as in `replace_activations`: what a hook has
+    wrapped is the fused `forward`.
 
     Returns:
         `model`.
     """
-    for module in model.modules():
-        if type(module) not in TORCH:
+    owners = []
+    for name, module in model.named_modules():
+        parametrized = parametrize.is_parametrized(module)
+        fused = type(module).__base__ if parametrized else type(module)
+        if fused not in TORCH:
+            continue
+        if owns_forward(module):
+            owners.append(name)
             continue
         if "replaced_class" in module.__dict__:
-            module.__class__ = module.__dict__.pop("replaced_class")
+            original = module.__dict__.pop("replaced_class")
             del module.inplace
         else:
-            module.__class__ = TORCH[type(module)]
+            original = TORCH[fused]
+        module.__class__ = rebased(type(module), original) if parametrized else original
+    warn_of_owners("restore_activations", owners)
     return model

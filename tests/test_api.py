@@ -12,14 +12,16 @@ import subprocess
 import sys
 import time
 import types
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 
 import fused_act
-from fused_act import activation, ops
+from fused_act import activation, ops, replace
 from fused_act.activations import ACTIVATIONS, MISH, RELU6, SWISH
 from fused_act.backends import get
 from tests.cases import all_cases
@@ -117,6 +119,29 @@ def test_function_applies_on_cpu(case):
     weight = torch.randn(65)
     (grad,) = torch.autograd.grad(y, x, weight)
     torch.testing.assert_close(grad, torch.autograd.grad(expected, x, weight)[0])
+
+
+class Tripled(fused_act.MishFunction):
+    """What a user may make of a Function."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x * 3
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        return grad_output * 3
+
+
+def test_a_subclass_of_a_function_computes_what_it_says():
+    """Compiled too. Under a transform torch says that it has no rule for it."""
+    x = torch.linspace(-2, 2, 5, requires_grad=True)
+    for apply in (Tripled.apply, torch.compile(lambda x: Tripled.apply(x), backend="aot_eager")):
+        y = apply(x)
+        assert torch.equal(y, 3 * x)
+        assert torch.equal(torch.autograd.grad(y.sum(), x)[0], torch.full_like(x, 3))
+    with pytest.raises(RuntimeError, match="setup_context"):
+        torch.func.vmap(Tripled.apply)(x)
 
 
 def test_public_functions():
@@ -336,6 +361,95 @@ def test_replace_a_bare_activation_and_some_by_name():
     fused_act.replace_activations(model, filter_fn=lambda name, module: name == "layers.1")
     assert type(model.layers[1]) is fused_act.ReLU6
     assert type(model.layers[4]) is nn.SiLU
+
+
+def patched(module):
+    """A module as a hook of accelerate leaves it: with a forward of its own around its class's."""
+    module.original = module.forward
+    module.forward = lambda x: module.original(x) + 1
+    return module
+
+
+@contextlib.contextmanager
+def one_warning(match):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        yield
+    (warning,) = caught
+    assert re.search(match, str(warning.message))
+    assert warning.filename == __file__
+
+
+REPLACED = pytest.mark.parametrize("original", replace.FUSED, ids=lambda kind: kind.__name__)
+
+
+@REPLACED
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+def test_a_module_that_holds_a_forward_is_left_as_it_is(original, backend):
+    """That forward runs whatever the class (accelerate#1971, Liger-Kernel#593)."""
+    x = torch.randn(3, 4)
+    model = nn.Sequential(
+        patched(original()),
+        nn.Linear(4, 4),
+        nn.ModuleDict({"act": patched(original())}),
+        original(),
+    )
+    expected = original()(x) + 1
+    with fused_act.use_backend(backend), one_warning(r"replace_activations: .*: '0', '2\.act'\. "):
+        fused_act.replace_activations(model)
+    assert type(model[0]) is type(model[2]["act"]) is original
+    assert type(model[3]) is replace.FUSED[original]
+    assert torch.equal(model[0](x), expected)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # of what a filter leaves out it says nothing
+        fused_act.replace_activations(model, lambda name, module: name == "3")
+        fused_act.replace_activations(nn.Sequential(patched(nn.Linear(4, 4))))
+    for module in (model[0], model[2]["act"]):
+        del module.forward, module.original
+    fused_act.replace_activations(model)
+    assert type(model[0]) is type(model[2]["act"]) is replace.FUSED[original]
+
+
+@REPLACED
+def test_restoring_leaves_a_fused_forward_in_no_hook(original):
+    """One that came after the replacement holds the fused forward: the module stays fused."""
+    model = fused_act.replace_activations(nn.Sequential(original(), original()))
+    patched(model[0])
+    with one_warning(r"restore_activations: .*: '0'\. "):
+        fused_act.restore_activations(model)
+    assert type(model[0]) is replace.FUSED[original]
+    assert type(model[1]) is original
+    del model[0].forward, model[0].original
+    fused_act.restore_activations(model)
+    assert type(model[0]) is original
+    assert model[0].forward.__func__ is original.forward
+
+
+class Squared(nn.Module):
+    def forward(self, weight):
+        return weight**2
+
+
+def test_restoring_a_prelu_that_was_parametrized_since():
+    """As MQBench#57 has it: its class is one of its own, made of the fused one."""
+    model = fused_act.replace_activations(nn.Sequential(nn.PReLU(3), nn.ReLU()))
+    parametrize.register_parametrization(model[0], "weight", Squared())
+    twin = copy.deepcopy(model)
+    x = torch.randn(2, 3, 4)
+    expected, state = model(x), model.state_dict()
+    fused_act.restore_activations(model)
+    assert isinstance(model[0], nn.PReLU)
+    assert not isinstance(model[0], fused_act.PReLU)
+    assert type(model[0]).__name__ == "ParametrizedPReLU"
+    assert torch.equal(model(x), expected)
+    assert list(model.state_dict()) == list(state)
+    assert isinstance(twin[0], fused_act.PReLU)  # whose class is that of the other
+    assert torch.equal(copy.deepcopy(model)(x), expected)
+    fused_act.restore_activations(twin)
+    for each in (model, twin):
+        parametrize.remove_parametrizations(each[0], "weight")
+        assert type(each[0]) is nn.PReLU
+        assert torch.equal(each(x), expected)
 
 
 def run(code: str, **environment: str) -> str:
