@@ -31,7 +31,7 @@ GPU_COMPARISONS := $(filter-out compare_training,$(COMPARISONS))
 # On as many cores as there are, up to four: each process imports torch and what goes with it.
 PARALLEL := -n auto --maxprocesses 4 --dist worksteal
 # What runs the Triton kernels in the interpreter, in a process of its own.
-INTERPRETED := $(addprefix tests/test_,$(addsuffix .py,accuracy_kernels autograd benchmarks faults kernels layouts mirrored properties rematerialization weighted))
+INTERPRETED := $(addprefix tests/test_,$(addsuffix .py,accuracy_kernels autograd benchmarks compiled_derivatives faults kernels layouts mirrored properties rematerialization weighted))
 
 .PHONY: demo test mutate gpu sanitize lint bench clean
 

@@ -2,22 +2,41 @@
 
 No activation is named here. One call goes `mish(x)` -> `activate(MISH, x)` -> the Function ->
 the kernels of the selected backend; whatever the kernels do not take goes to torch's own op.
+Compiled, `torch.ops.fused_act.mish` stands in the graph for the Function, see `define_graph_op`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import numbers
+import zlib
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import ClassVar, Literal
 
 import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
+from torch._ops import OpOverload
 from torch.autograd.graph import Node
 
 from fused_act import backends
 from fused_act.backends import DTYPES, PLAIN, Kernels, eager
+from fused_act.version import __version__
+
+# The ops of `define_graph_op`. Kept here because ops vanish with their Library.
+LIBRARY = torch.library.Library("fused_act", "DEF")
+
+
+def digest(folder: Path) -> str:
+    """A checksum of this version and of the Python sources in `folder`."""
+    found = zlib.crc32(__version__.encode())
+    for path in sorted(folder.rglob("*.py")):
+        found = zlib.crc32(path.read_bytes(), found)
+    return f"{found:08x}"
+
+
+SOURCES = digest(Path(__file__).parent)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -39,6 +58,9 @@ class Activation:
             element, which tells whether the gradient passes as at x = 1, or else as at x = -1.
         torch_node: the parameters of a node of the autograd graph that computed torch's own op, or
             None of any other node.
+
+    `eager` and `formula` are kernels made of these torch ops. `graph_op` is the op that stands for
+    the Function in a compiled graph, see `define_graph_op`.
     """
 
     name: str
@@ -55,17 +77,23 @@ class Activation:
     formula: Kernels = dataclasses.field(init=False)
     Function: type[KernelFunction] = dataclasses.field(init=False)
     InplaceFunction: type[KernelFunction] = dataclasses.field(init=False)
+    graph_op: OpOverload = dataclasses.field(init=False)
 
     @property
     def saves_inplace(self) -> str:
         """What the kernels save where `y` takes the place of `x`."""
         return self.saves if self.torch_backward_from_output is None else "y"
 
+    def activate(self, x: Tensor, *parameters: float) -> Tensor:
+        return activate(self, x, False, *parameters)
+
     def __post_init__(self):
         object.__setattr__(self, "eager", eager.kernels(self))
         object.__setattr__(self, "formula", eager.formula(self))
         object.__setattr__(self, "Function", make_function(self))
         object.__setattr__(self, "InplaceFunction", make_inplace_function(self))
+        signature = "".join(f", float {parameter}" for parameter in self.parameters)
+        object.__setattr__(self, "graph_op", define_graph_op(self, "Tensor x" + signature))
 
 
 def as_float(op: str, name: str, value: float, largest: float) -> float:
@@ -86,7 +114,8 @@ def kernels_for(activation: Activation, x: Tensor, *parameters: float) -> Kernel
     Under `auto`, plain CUDA tensors of the three dtypes go to the best backend there is and all
     else goes to torch. A forced backend refuses what it does not take, but for transforms and
     forward-mode AD, which no kernel knows. `torch.compile` gets math to fuse, unless a backend is
-    forced, and `torch.export` torch's own op, so that ONNX shows one node.
+    forced or a transform is at work (no Function of ours has a rule for one: pytorch#129845,
+    #141455, #154284, #187284), and `torch.export` torch's own op, so that ONNX shows one node.
     """
     forced = backends.forced
     if torch.compiler.is_compiling():
@@ -94,13 +123,17 @@ def kernels_for(activation: Activation, x: Tensor, *parameters: float) -> Kernel
         # others one in Python. Before torch 2.12, Dynamo takes `is_exporting()` to be always true.
         if torch.compiler._is_exporting_flag:
             return activation.eager
+        if forced is None and not activation.fuses(*parameters):
+            return activation.eager
+        # Dynamo evaluates this while it traces and guards on it. The call stays in its graph, and
+        # AOTAutograd drops it.
+        if is_transformed():
+            return activation.eager
         # Opaque ops end fusion: only who asked for a backend gets them in the graph.
         if forced is not None:
             forced.check_input(activation.name, x)
             return forced.kernels[activation.name]
-        if activation.fuses(*parameters) and type(x) in PLAIN and x.dtype in DTYPES:
-            return activation.formula
-        return activation.eager
+        return activation.formula if type(x) in PLAIN and x.dtype in DTYPES else activation.eager
     if forced is None:
         if type(x) not in PLAIN or not x.is_cuda or x.dtype not in DTYPES:
             return activation.eager
@@ -132,8 +165,9 @@ def activate(activation: Activation, x: Tensor, inplace: bool, *parameters: floa
     if torch.compiler.is_compiling():
         if inplace:  # backward needs x as it was; Inductor drops the clone
             return x.copy_(activate(activation, x.clone(), False, *parameters))
-        function = activation.Function.apply if needs_grad else kernels.forward
-        return function(x, *parameters)
+        if needs_grad:
+            return activation.graph_op(x, *parameters, graph_name())
+        return kernels.forward(x, *parameters)
     if needs_grad:
         x = torch._C._functorch.unwrap_if_dead(x)  # as torch's own apply does
     if not inplace:
@@ -154,14 +188,30 @@ def activate(activation: Activation, x: Tensor, inplace: bool, *parameters: floa
     return first(activation.InplaceFunction.apply_kernels(source, x, *parameters, kernels))
 
 
+class NotTraced(type(torch.autograd.Function)):
+    """The metaclass of our Functions, which keeps Dynamo from tracing them.
+
+    Dynamo takes a class for a Function where its metaclass is torch's and no other (torch 2.11 to
+    2.13). It then leaves `apply` aside and traces `forward` and `backward`. The `apply` of other
+    classes it calls.
+    """
+
+    def __init__(cls, name: str, bases: tuple[type, ...], members: dict[str, object]):
+        super().__init__(name, bases, members)
+        if "activate" not in members:  # a user's subclass, which may compute something else
+            cls.__class__ = type(torch.autograd.Function)
+
+
 class KernelFunction(torch.autograd.Function):
     """A Function that may be given the kernels last, and whose outputs but the first are its own.
 
-    Transforms and forward-mode AD, which it does not know, get torch's own op. `apply_kernels` is
-    `apply` without what torch adds for functorch, which `kernels_for` has ruled out: 1.3 of 4.4 us.
+    Transforms and forward-mode AD, which it does not know, get torch's own op, and compiled code
+    gets what the public function gives it. `apply_kernels` is `apply` without what torch adds for
+    functorch, which `kernels_for` has ruled out: 1.3 of 4.4 us.
     """
 
     apply_kernels: ClassVar[Callable[..., Tensor | tuple[Tensor, ...]]]
+    activate: ClassVar[Callable[..., Tensor]]
     torch_forward: ClassVar[Callable[..., Tensor]]
     saves: ClassVar[str]  # as in `Activation`
 
@@ -170,9 +220,46 @@ class KernelFunction(torch.autograd.Function):
 
     @classmethod
     def apply(cls, *args: object) -> Tensor:
-        if not torch.compiler.is_compiling() and is_transformed():
+        if torch.compiler.is_dynamo_compiling():
+            return cls.activate(*args)
+        if is_transformed() and isinstance(cls, NotTraced):
             return cls.torch_forward(*args)
         return first(super().apply(*args))
+
+
+def graph_name() -> str:
+    """How the op of `define_graph_op` is told which kernels `kernels_for` has chosen.
+
+    AOTAutograd keeps compiled code on disk under the text of a graph, which shows no more than this
+    name of what the op consists of. So the name changes with the sources.
+    """
+    kind = "formula" if backends.forced is None else backends.forced.name
+    return f"{kind} {SOURCES}"
+
+
+def define_graph_op(row, signature: str) -> OpOverload:
+    """Define `torch.ops.fused_act.NAME(x, ..., kernels) -> y`, the Function as an op of a graph.
+
+    In the graphs that Dynamo makes it stands for the Function, whose backward Dynamo would trace
+    with gradients off: where a compiled program is differentiated twice, the second derivative
+    would be 0 (pytorch#91469, #181581). Into an op Dynamo does not look. AOTAutograd runs this one,
+    the Function and its backward as eager code does: what is compiled are the ops of the formula
+    or of the kernels, and of this one no trace is left.
+    """
+
+    def implementation(*args):
+        *inputs, name = args
+        if is_transformed():
+            return row.torch_forward(*inputs)
+        kind = name.partition(" ")[0]
+        table = None if kind == "formula" else backends.get(kind).ready().kernels
+        kernels = row.formula if table is None else table[row.name]
+        return first(row.Function.apply_kernels(*inputs, kernels))
+
+    schema = f"{row.name}({signature}, str kernels) -> Tensor"
+    LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    LIBRARY.impl(row.name, implementation, "CompositeImplicitAutograd")
+    return getattr(torch.ops.fused_act, row.name).default
 
 
 def first(outputs: Tensor | tuple[Tensor, ...]) -> Tensor:
@@ -234,12 +321,13 @@ def function_class(
     functions = {
         "forward": forward,
         "backward": backward,
+        "activate": activation.activate,
         "torch_forward": activation.torch_forward,
     }
     members = {name: staticmethod(function) for name, function in functions.items()}
     members |= {"__module__": __name__, "saves": saves}
     name = activation.name.title().replace("_", "")
-    return type(KernelFunction)(f"{name}{kind}", (KernelFunction,), members)
+    return NotTraced(f"{name}{kind}", (KernelFunction,), members)
 
 
 def dense_stride(x: Tensor) -> tuple[int, ...]:
@@ -258,7 +346,7 @@ def save_mask(
     a second output, empty, that leads a second backward to this node and on to `x`.
     """
     ctx.shape, ctx.stride = shape, stride
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_dynamo_compiling():
         ctx.save_for_backward(mask)
         return y
     anchor = y.new_empty(0)
@@ -272,7 +360,7 @@ def call(op, *args, **kwargs):
 
     The guard saves 2 us; Dynamo neither knows nor needs it.
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_dynamo_compiling():
         return op(*args, **kwargs)
     with torch._C._AutoDispatchBelowAutograd():
         return op(*args, **kwargs)
@@ -306,9 +394,7 @@ def grad_input(activation: Activation, saves: str, ctx, grad_output: Tensor | No
 
 def is_backward_differentiated() -> bool:
     """Whether the backward that runs is itself to be differentiated."""
-    return not torch.compiler.is_compiling() and (
-        torch.is_grad_enabled() or forward_ad._current_level >= 0
-    )
+    return torch.is_grad_enabled() or forward_ad._current_level >= 0
 
 
 def zeros_of_input(ctx, anchor: Tensor) -> Tensor:

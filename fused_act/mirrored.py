@@ -13,14 +13,17 @@ from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
 
 from fused_act.activation import (
     Activation,
     KernelFunction,
     call,
+    define_graph_op,
     dense_stride,
     first,
     function_class,
+    graph_name,
     is_backward_differentiated,
     kernels_for,
     save_mask,
@@ -43,13 +46,18 @@ class MirroredActivation:
     activation: Activation
     eager: Kernels = dataclasses.field(init=False)
     Function: type[KernelFunction] = dataclasses.field(init=False)
+    graph_op: OpOverload = dataclasses.field(init=False)
 
     # `torch.compile` gets torch's own ops, of which Inductor makes one kernel.
     fuses: ClassVar[Callable[..., bool]] = staticmethod(lambda: False)
 
+    def activate(self, x: Tensor, dim: int) -> Tensor:
+        return activate_mirrored(self, x, dim)
+
     def __post_init__(self):
         object.__setattr__(self, "eager", Kernels(self.torch_forward, backward=self.torch_backward))
         object.__setattr__(self, "Function", make_function(self))
+        object.__setattr__(self, "graph_op", define_graph_op(self, "Tensor x, int dim"))
 
     def torch_forward(self, x: Tensor, dim: int) -> Tensor:
         f = self.activation.torch_forward
@@ -111,7 +119,7 @@ def activate_mirrored(row: MirroredActivation, x: Tensor, dim: int) -> Tensor:
         return row.torch_forward(x, dim)
     if torch.is_grad_enabled() and x.requires_grad:
         if torch.compiler.is_compiling():
-            return row.Function.apply(x, dim)
+            return row.graph_op(x, dim, graph_name())
         x = torch._C._functorch.unwrap_if_dead(x)  # as torch's own apply does
         return first(row.Function.apply_kernels(x, dim, kernels))
     return call(kernels.forward, x, dim)

@@ -12,11 +12,14 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
 
 from fused_act.activation import (
     KernelFunction,
     call,
+    define_graph_op,
     function_class,
+    graph_name,
     is_backward_differentiated,
     kernels_for,
 )
@@ -41,13 +44,18 @@ class WeightedActivation:
     autocasts: bool = False
     eager: Kernels = dataclasses.field(init=False)
     Function: type[KernelFunction] = dataclasses.field(init=False)
+    graph_op: OpOverload = dataclasses.field(init=False)
 
     # `torch.compile` gets torch's own ops, which Inductor fuses, the sum for the weight included.
     fuses: ClassVar[Callable[..., bool]] = staticmethod(lambda: False)
 
+    def activate(self, x: Tensor, weight: Tensor) -> Tensor:
+        return activate_weighted(self, x, weight)
+
     def __post_init__(self):
         object.__setattr__(self, "eager", Kernels(self.torch_forward))
         object.__setattr__(self, "Function", make_function(self))
+        object.__setattr__(self, "graph_op", define_graph_op(self, "Tensor x, Tensor weight"))
 
 
 def channels(x: Tensor) -> int:
@@ -80,7 +88,7 @@ def activate_weighted(row: WeightedActivation, x: Tensor, weight: Tensor) -> Ten
         return row.torch_forward(x, weight)
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
         if torch.compiler.is_compiling():
-            return row.Function.apply(x, weight)
+            return row.graph_op(x, weight, graph_name())
         x, weight = map(torch._C._functorch.unwrap_if_dead, (x, weight))
         return row.Function.apply_kernels(x, weight, kernels)
     return call(kernels.forward, x, as_vector(weight))

@@ -5,16 +5,16 @@ How accurate it is: test_accuracy.py.
 
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
-import torch._functorch.config
 from torch._dynamo.utils import counters
 from torch._functorch.aot_autograd import aot_module_simplified, make_boxed_func
 from torch._inductor.utils import fresh_cache
 
 import fused_act
-from fused_act.activation import kernels_for
+from fused_act.activation import digest, kernels_for
 from tests.cases import CASES, all_cases, all_dtypes
 
 pytestmark = pytest.mark.skipif(
@@ -90,12 +90,8 @@ def test_modes(case, mode):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("allow_functions", [False, True])
-def test_caches_on_disk(allow_functions):
-    """What one process compiled, another loads; and never for another activation or beta.
-
-    AOTAutograd's own cache takes a graph with an autograd Function only if it is told to.
-    """
+def test_caches_on_disk():
+    """What one process compiled, another loads; and never for another activation or beta."""
     x, weight = torch.linspace(-9, 9, 64), torch.randn(64)
 
     def results():
@@ -105,19 +101,34 @@ def test_caches_on_disk(allow_functions):
             found.append(run(torch.compile(case.function, fullgraph=True), x, weight))
         return found
 
-    config = {"autograd_cache_allow_custom_autograd_functions": allow_functions}
-    with fresh_cache(), torch._functorch.config.patch(config):
+    with fresh_cache():
         first = results()
         counters.clear()
         second = results()
     assert counters["inductor"]["fxgraph_cache_hit"] >= 2 * len(CASES)
-    hits = counters["aot_autograd"]["autograd_cache_hit"]
-    plain = [case for case in CASES if not case.activation.fuses(*case.parameters)]
-    assert hits == len(CASES if allow_functions else plain)
+    assert counters["aot_autograd"]["autograd_cache_hit"] == len(CASES)
     for case, ours, again in zip(CASES, first, second):
         for a, b, expected in zip(ours, again, run(case.torch_function, x, weight)):
             assert torch.equal(a, b)
             torch.testing.assert_close(a, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_the_graph_changes_with_the_sources(tmp_path):
+    """AOTAutograd caches by a graph that names the formula, and does not show it."""
+    graphs = []
+
+    def backend(graph_module, inputs):
+        graphs.append(graph_module.code)
+        return graph_module
+
+    torch.compile(fused_act.mish, backend=backend)(torch.ones(3, requires_grad=True))
+    package = Path(fused_act.__file__).parent
+    assert f"'formula {digest(package)}'" in graphs[0]
+    copy = shutil.copytree(package, tmp_path / "fused_act", ignore=shutil.ignore_patterns("*.so"))
+    assert digest(copy) == digest(package)
+    path = copy / "activations" / "mish.py"
+    path.write_text(path.read_text().replace("-87.0", "-86.0"))
+    assert digest(copy) != digest(package)
 
 
 @all_cases
@@ -183,17 +194,25 @@ def test_bad_input_fails_at_trace_time(call, sentence):
 
 
 @all_cases
-def test_default_graph_has_no_opaque_op(case):
+@pytest.mark.parametrize("training", [False, True])
+def test_default_graph_has_no_opaque_op(case, training):
+    """What Inductor gets, forward and backward."""
     graphs = []
 
-    def backend(graph_module, inputs):
+    def compiler(graph_module, inputs):
         graphs.append(graph_module)
-        return graph_module
+        return make_boxed_func(graph_module.forward)
 
-    torch.compile(case.function, fullgraph=True, backend=backend)(torch.randn(5))
-    (graph_module,) = graphs
-    targets = [str(node.target) for m in graph_module.modules() for node in m.graph.nodes]
-    assert not [target for target in targets if "fused_act" in target]
+    def backend(graph_module, inputs):
+        return aot_module_simplified(graph_module, inputs, fw_compiler=compiler)
+
+    compiled = torch.compile(case.function, fullgraph=True, backend=backend)
+    y = compiled(torch.randn(5, requires_grad=training))
+    if training:
+        y.sum().backward()
+    assert len(graphs) == 1 + training
+    ops = {n.target for graph in graphs for n in graph.graph.nodes if n.op == "call_function"}
+    assert {op.namespace for op in ops} <= {"aten", "prims"}
 
 
 @all_cases
@@ -216,7 +235,7 @@ def test_forcing_torch_emits_torchs_op():
 
 
 def test_subclass_is_torchs():
-    """A Function in the graph would break Dynamo here; torch's own op does not."""
+    """What a subclass says of torch's own op, it does not say of ours."""
 
     class Subclass(torch.Tensor):
         @classmethod
@@ -226,7 +245,15 @@ def test_subclass_is_torchs():
     def call(x):
         return fused_act.mish(x.as_subclass(Subclass) * 1).as_subclass(torch.Tensor)
 
+    targets = []
+
+    def backend(graph_module, inputs):
+        targets.extend(node.target for node in graph_module.graph.nodes)
+        return graph_module
+
     x = torch.linspace(-3, 8, 6, requires_grad=True)
-    torch.testing.assert_close(
-        torch.compile(call, backend="aot_eager")(x), torch.nn.functional.mish(x)
-    )
+    for compiler in (backend, "aot_eager"):
+        torch._dynamo.reset()
+        found = torch.compile(call, backend=compiler)(x)
+        torch.testing.assert_close(found, torch.nn.functional.mish(x))
+    assert torch.nn.functional.mish in targets
