@@ -246,11 +246,11 @@ def test_scan(ours, theirs, way):
         return carry.sum() + total
 
     compiled = torch.compile(looped, backend="aot_eager", fullgraph=True)
-    results = []
     if way in ("triton", "cuda"):
         with pytest.raises(RuntimeError, match="has no derivative"):
             compiled(values().requires_grad_())
         return
+    results = []
     for run in (compiled, unrolled):
         x = values().requires_grad_()
         y = run(x)
