@@ -2,7 +2,8 @@
 
 `torch.ops.fused_act_cuda.*` gets its kernels from csrc/ops.cu, `torch.ops.fused_act_triton.*` from
 backends/triton.py. The raw ops are what the Functions call and what a graph shows; they have no
-derivative, so they refuse an input that requires grad. For mish (saves its input), tanh (its
+derivative, so they refuse an input that requires grad. (`torch.ops.fused_act.*` are other ops, see
+`activation.define_graph_op`.) For mish (saves its input), tanh (its
 output) and relu6 (one bit an element) they are
 
     mish(x) -> y                        relu6(x) -> y

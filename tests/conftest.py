@@ -1,5 +1,6 @@
 """Skips the GPU tests, visibly, where there is no GPU; every test starts with `auto` selected."""
 
+import functools
 import importlib
 import importlib.util
 import os
@@ -101,6 +102,21 @@ def forced(request, automatic_backend):
         return
     with fused_act.use_backend(request.getfixturevalue("backend")):
         yield
+
+
+@pytest.fixture
+def ours(automatic_backend, case, way, inplace):
+    """An activation as users call it, its Function alone, or of the backend that `way` names."""
+    if way == "Function":
+        yield case.apply
+        return
+    with fused_act.use_backend(way):
+        yield functools.partial(case.function, inplace=inplace)
+
+
+@pytest.fixture
+def theirs(case, inplace):
+    return functools.partial(case.torch_function, inplace=inplace)
 
 
 @pytest.fixture(scope="session")

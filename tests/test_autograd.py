@@ -21,7 +21,6 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
-import fused_act
 from tests.cases import BACKENDS, DEVICE, all_cases
 
 # The ways to a gradient: what users call, the Function by itself, and the kernels of each backend.
@@ -37,20 +36,6 @@ WAYS = [
     ),
 ]
 all_ways = pytest.mark.parametrize(("way", "inplace"), WAYS)
-
-
-@pytest.fixture
-def ours(case, way, inplace):
-    if way == "Function":
-        yield lambda x: case.activation.Function.apply(x, *case.parameters)
-        return
-    with fused_act.use_backend(way):
-        yield functools.partial(case.function, inplace=inplace)
-
-
-@pytest.fixture
-def theirs(case, inplace):
-    return functools.partial(case.torch_function, inplace=inplace)
 
 
 def values():

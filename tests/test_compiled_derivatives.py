@@ -11,7 +11,6 @@ import torch
 from torch._higher_order_ops.scan import scan
 from torch.autograd import forward_ad
 
-import fused_act
 from fused_act.activation import Activation
 from tests.cases import ALL_CASES, BACKENDS, DEVICE, INTERPRET, all_cases
 
@@ -43,20 +42,6 @@ pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.fixture(autouse=True)
 def reset_dynamo():
     torch._dynamo.reset()
-
-
-@pytest.fixture
-def ours(case, way, inplace):
-    if way == "Function":
-        yield case.apply
-        return
-    with fused_act.use_backend(way):
-        yield functools.partial(case.function, inplace=inplace)
-
-
-@pytest.fixture
-def theirs(case, inplace):
-    return functools.partial(case.torch_function, inplace=inplace)
 
 
 def values():
