@@ -125,8 +125,7 @@ def kernels_for(activation: Activation, x: Tensor, *parameters: float) -> Kernel
             return activation.eager
         if forced is None and not activation.fuses(*parameters):
             return activation.eager
-        # Dynamo evaluates this while it traces and guards on it. The call stays in its graph, and
-        # AOTAutograd drops it.
+        # Dynamo evaluates this while it traces, and guards on it.
         if is_transformed():
             return activation.eager
         # Opaque ops end fusion: only who asked for a backend gets them in the graph.
@@ -149,6 +148,11 @@ def kernels_for(activation: Activation, x: Tensor, *parameters: float) -> Kernel
 
 def is_transformed() -> bool:
     """Whether a functorch transform, forward-mode AD or `torch.jit.trace` is at work."""
+    if torch.compiler.is_dynamo_compiling():
+        # The call below would stay in Dynamo's graph; this one does not. Of what it gives, Dynamo
+        # knows the type alone: `is None` would never hold.
+        interpreter = torch._C._functorch.peek_interpreter_stack()
+        return not isinstance(interpreter, type(None)) or forward_ad._current_level >= 0
     return (
         torch._C._are_functorch_transforms_active()
         or forward_ad._current_level >= 0

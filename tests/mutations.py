@@ -1077,7 +1077,8 @@ MUTATIONS = [
         "compiled-transform-unseen",
         "a forced backend's ops get into compiled transforms, for which they have no rule",
         "fused_act/activation.py",
-        "        # AOTAutograd drops it.\n        if is_transformed():\n",
+        "        # Dynamo evaluates this while it traces, and guards on it.\n"
+        "        if is_transformed():\n",
         "        if False:\n",
         interpreted("test_compiled_derivatives.py -k 'test_transforms and jvp and triton'"),
     ),
