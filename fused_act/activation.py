@@ -149,8 +149,8 @@ def kernels_for(activation: Activation, x: Tensor, *parameters: float) -> Kernel
 def is_transformed() -> bool:
     """Whether a functorch transform, forward-mode AD or `torch.jit.trace` is at work."""
     if torch.compiler.is_dynamo_compiling():
-        # The call below would stay in Dynamo's graph; this one does not. Of what it gives, Dynamo
-        # knows the type alone: `is None` would never hold.
+        # Dynamo would keep the call below in its graph, and keeps no call of this one. It knows the
+        # type of the result and not its value, so `is None` would always be false.
         interpreter = torch._C._functorch.peek_interpreter_stack()
         return not isinstance(interpreter, type(None)) or forward_ad._current_level >= 0
     return (
@@ -195,9 +195,9 @@ def activate(activation: Activation, x: Tensor, inplace: bool, *parameters: floa
 class NotTraced(type(torch.autograd.Function)):
     """The metaclass of our Functions, which keeps Dynamo from tracing them.
 
-    Dynamo takes a class for a Function where its metaclass is torch's and no other (torch 2.11 to
-    2.13). It then leaves `apply` aside and traces `forward` and `backward`. The `apply` of other
-    classes it calls.
+    Dynamo (torch 2.11 to 2.13) takes a class for a Function if its metaclass is exactly torch's,
+    and then traces `forward` and `backward` instead of calling `apply`. Of any other class, such as
+    one with this metaclass, Dynamo calls `apply`.
     """
 
     def __init__(cls, name: str, bases: tuple[type, ...], members: dict[str, object]):
@@ -232,10 +232,10 @@ class KernelFunction(torch.autograd.Function):
 
 
 def graph_name() -> str:
-    """How the op of `define_graph_op` is told which kernels `kernels_for` has chosen.
+    """The name by which the op of `define_graph_op` finds the kernels that `kernels_for` chose.
 
-    AOTAutograd keeps compiled code on disk under the text of a graph, which shows no more than this
-    name of what the op consists of. So the name changes with the sources.
+    The name changes with the sources of this package, because AOTAutograd keeps compiled code on
+    disk under the text of a graph, and the text shows this name but not the formula.
     """
     kind = "formula" if backends.forced is None else backends.forced.name
     return f"{kind} {SOURCES}"
@@ -244,11 +244,12 @@ def graph_name() -> str:
 def define_graph_op(row, signature: str) -> OpOverload:
     """Define `torch.ops.fused_act.NAME(x, ..., kernels) -> y`, the Function as an op of a graph.
 
-    In the graphs that Dynamo makes it stands for the Function, whose backward Dynamo would trace
-    with gradients off: where a compiled program is differentiated twice, the second derivative
-    would be 0 (pytorch#91469, #181581). Into an op Dynamo does not look. AOTAutograd runs this one,
-    the Function and its backward as eager code does: what is compiled are the ops of the formula
-    or of the kernels, and of this one no trace is left.
+    This op stands for the Function in the graphs that Dynamo makes, so that second derivatives are
+    right. Dynamo would trace the backward of a Function with gradients off, and where a compiled
+    program is differentiated twice, the second derivative would be 0 (pytorch#91469, #181581).
+    Dynamo does not look into an op. AOTAutograd runs the op's implementation, and with it the
+    Function and its backward, as eager code does. So the graph that is compiled in the end has the
+    ops of the formula or of the kernels, and not this op.
     """
 
     def implementation(*args):

@@ -98,10 +98,11 @@ def pack(tensor: Tensor, norm: bool) -> Kept | Recomputed | View:
 
 
 def is_layout_of(base: Tensor, view: Tensor) -> bool:
-    """Whether `base`, size, stride and offset are all there is to know of `view`.
+    """Whether size, stride and offset are enough to make `view` out of `base`.
 
-    A view may also negate or conjugate what it reads, such as `z.conj().imag`, whose negative bit a
-    layout loses (pytorch#184379), or read another dtype, or belong to a subclass.
+    They are not for a view that negates or conjugates what it reads, such as `z.conj().imag`, whose
+    gradient then has the wrong sign (pytorch#184379), that reads another dtype, or that belongs to
+    a subclass.
     """
     return (
         type(view) in PLAIN
@@ -151,7 +152,7 @@ def of_activation(node: Node) -> Recomputed | None:
     if function is not None:
         if not issubclass(function, KernelFunction) or function.saves == "y":
             return None
-        # That of an activation with a weight, or of x and -x, has no parameters.
+        # The node of an activation with a weight, or of x and -x, has no parameters.
         if node.kernels.forward_with_mask is not None or not hasattr(node, "parameters"):
             return None
         forward, parameters = node.kernels.forward, node.parameters

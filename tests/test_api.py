@@ -431,7 +431,7 @@ class Squared(nn.Module):
 
 
 def test_restoring_a_prelu_that_was_parametrized_since():
-    """As MQBench#57 has it: its class is one of its own, made of the fused one."""
+    """`register_parametrization` gives the module a class of its own (MQBench#57)."""
     model = fused_act.replace_activations(nn.Sequential(nn.PReLU(3), nn.ReLU()))
     parametrize.register_parametrization(model[0], "weight", Squared())
     twin = copy.deepcopy(model)
@@ -443,7 +443,7 @@ def test_restoring_a_prelu_that_was_parametrized_since():
     assert type(model[0]).__name__ == "ParametrizedPReLU"
     assert torch.equal(model(x), expected)
     assert list(model.state_dict()) == list(state)
-    assert isinstance(twin[0], fused_act.PReLU)  # whose class is that of the other
+    assert isinstance(twin[0], fused_act.PReLU)  # a copy shares the class, which must not change
     assert torch.equal(copy.deepcopy(model)(x), expected)
     fused_act.restore_activations(twin)
     for each in (model, twin):

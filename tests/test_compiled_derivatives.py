@@ -50,7 +50,7 @@ def values():
 
 
 def around(f):
-    """With a second derivative where f has none, and f in the middle, so that none is lost."""
+    """f between other functions, so that the second derivative is not 0 where that of f is."""
     return lambda x: f(2 * x).sin()
 
 
@@ -97,7 +97,7 @@ TRANSFORMS = {
     "vmap of grad": lambda f, x: torch.func.vmap(torch.func.grad(loss(f)))(batch(x)),
     "dual level": dual_level,
 }
-# Dynamo does not trace it, torch's own op in it neither.
+# Dynamo breaks the graph here, with torch's own op as well.
 WITH_BREAKS = {"linearize"}
 
 
@@ -138,7 +138,7 @@ def test_code_compiled_before_is_compiled_again_under_a_transform(ours, theirs):
 
 
 def loss_with_more(f, x):
-    """A second derivative that is cut is not an error, but wrong."""
+    """With a term beside f, so that a second derivative that is cut is wrong and not an error."""
     return loss(f)(x) + (x**3).sum()
 
 
