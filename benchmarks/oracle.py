@@ -6,6 +6,8 @@ nothing cancels but at the zero of a derivative; float64 has 29 bits more than w
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -109,12 +111,13 @@ def ulp_error(result: Tensor, exact: Tensor, dtype: torch.dtype) -> Tensor:
     """|result - exact| in units of the last place that `exact` has in `dtype`.
 
     Below the normal numbers the unit is the smallest step of the format. An infinity is right where
-    the exact value rounds to it.
+    the exact value rounds to it; elsewhere it counts as the power of two behind the largest number.
     """
     info = torch.finfo(dtype)
     _, exponent = torch.frexp(exact.abs().clamp(min=info.tiny))
     unit = torch.ldexp(torch.full_like(exact, info.eps), exponent - 1)
-    ulps = (result.double() - exact).abs() / unit
+    beyond = 2.0 ** math.frexp(info.max)[1]
+    ulps = (result.double().clamp(-beyond, beyond) - exact).abs() / unit
     return torch.where(result.isinf() & (result == exact.to(dtype)), 0.0, ulps)
 
 

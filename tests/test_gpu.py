@@ -28,7 +28,8 @@ def forward_backward(case, x, grad_output):
 @all_cases
 def test_auto_takes_a_kernel(case):
     x = torch.randn(3, device="cuda", requires_grad=True)
-    assert type(case.function(x).grad_fn).__name__.startswith(f"{case.name.title()}Function")
+    function = f"{case.name.title().replace('_', '')}Function"
+    assert type(case.function(x).grad_fn).__name__.startswith(function)
 
 
 @all_cases
@@ -147,7 +148,7 @@ def test_second_device(case, backend):
 @one_case_with_each_saving
 @all_backends
 def test_memory_stays_flat(case, backend):
-    """10,000 steps of training leave as much memory allocated as there was before."""
+    """10,000 steps of training leave no more memory allocated than there was before."""
     leaf, weight = (random(4099, device="cuda") for _ in range(2))
     leaf.requires_grad_()
 
@@ -164,8 +165,9 @@ def test_memory_stays_flat(case, backend):
     for _ in range(10_000):
         step()
     torch.cuda.synchronize()
-    assert torch.cuda.memory_allocated() == before
-    # The engine may free a step's gradient, 16 KiB, after the next step has begun.
+    # The engine may free a step's gradient, 16 KiB, when the step is over. A leak in each step would
+    # be of megabytes.
+    assert torch.cuda.memory_allocated() <= before + 2**16
     assert torch.cuda.max_memory_allocated() <= peak + 2**16
 
 
