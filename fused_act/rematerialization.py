@@ -12,7 +12,7 @@ import contextlib
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
@@ -24,7 +24,6 @@ from fused_act.activations import ACTIVATIONS
 from fused_act.backends import PLAIN
 
 LOCK = threading.RLock()
-PEEKING = threading.local()
 RECOMPUTED = "fused_act.rematerialize"  # the key in a node's metadata
 # Whether a norm's output, computed again, has the same bits, by what could make a difference.
 SAME_BITS: dict[tuple, bool] = {}
@@ -113,23 +112,25 @@ def is_layout_of(base: Tensor, view: Tensor) -> bool:
 
 
 def unpack(packed: Kept | Recomputed | View) -> Tensor:
-    seen = getattr(PEEKING, "seen", None)
-    if seen is not None:
-        seen.append(packed)
-        return torch.empty(0)
     return packed.get()
 
 
-def peek(read: Callable[[], Tensor | Sequence[Tensor]]) -> list[Kept | Recomputed | View]:
-    """What `pack` made of the saved tensors that `read` reads from a node; computes none again."""
-    PEEKING.seen = []
-    try:
-        tensors = read()
-        if PEEKING.seen:
-            return PEEKING.seen
-    finally:
-        PEEKING.seen = None
-    return [Kept(tensor) for tensor in ([tensors] if isinstance(tensors, Tensor) else tensors)]
+def peek(node: Node, field: str = "saved_tensors") -> Kept | Recomputed | View:
+    """What `pack` made of the tensor that `node` saves as `field`; computes none again.
+
+    Raises:
+        RuntimeError: the hooks of others hold it, which may run anything to give it back, or the
+            node has let go of it.
+    """
+    saved = getattr(node, f"_raw_{field.lstrip('_')}")
+    if isinstance(saved, tuple):  # of a Function
+        (saved,) = saved
+    if saved.unpack_hook is None:
+        tensor = getattr(node, field)
+        return Kept(tensor[0] if isinstance(tensor, tuple) else tensor)
+    if saved.unpack_hook is not unpack or saved.data is None:
+        raise RuntimeError(f"{node.name()} does not hold {field}")
+    return saved.data
 
 
 def recompute(tensor: Tensor, norm: bool) -> Recomputed | None:
@@ -140,7 +141,7 @@ def recompute(tensor: Tensor, norm: bool) -> Recomputed | None:
         return known
     try:
         found = of_activation(node) or (norm and of_norm(node, tensor)) or None
-    except RuntimeError:  # the node has let go of what it saved: its backward has run
+    except RuntimeError:  # the node does not hold what it saved: its backward has run, say
         return None
     if found is not None:
         node.metadata[RECOMPUTED] = weakref.ref(found)
@@ -156,7 +157,7 @@ def of_activation(node: Node) -> Recomputed | None:
         if node.kernels.forward_with_mask is not None or not hasattr(node, "parameters"):
             return None
         forward, parameters = node.kernels.forward, node.parameters
-        (x,) = peek(lambda: node.saved_tensors)
+        x = peek(node)
     else:
         for activation in ACTIVATIONS:
             parameters = activation.torch_node(node)
@@ -165,7 +166,7 @@ def of_activation(node: Node) -> Recomputed | None:
         else:
             return None
         forward = activation.eager.forward
-        (x,) = peek(lambda: node._saved_self)
+        x = peek(node, "_saved_self")
     return Recomputed(lambda x: forward(x, *parameters), [x])
 
 
@@ -180,9 +181,9 @@ def of_norm(node: Node, y: Tensor) -> Recomputed | None:
     function = NORMS.get(node.name())
     if function is None:
         return None
-    weight, bias = node._saved_weight, None
-    if weight is not None:
-        (weight,) = peek(lambda: node._saved_weight)
+    weight = bias = None
+    if node._raw_saved_weight.data is not None:
+        weight = peek(node, "_saved_weight")
         bias = getattr(node.next_functions[2][0], "variable", None)
         if bias is None:  # frozen or computed: the node does not know it
             return None
@@ -190,15 +191,15 @@ def of_norm(node: Node, y: Tensor) -> Recomputed | None:
     training = node._saved_training
     mean = variance = None
     if not training:
-        (mean,) = peek(lambda: node._saved_running_mean)
-        (variance,) = peek(lambda: node._saved_running_var)
+        mean = peek(node, "_saved_running_mean")
+        variance = peek(node, "_saved_running_var")
     epsilon = node._saved_eps if hasattr(node, "_saved_eps") else node._saved_epsilon
 
     def compute(x: Tensor) -> Tensor:
         arguments = (kept and kept.get() for kept in (weight, bias, mean, variance))
         return function(x, *arguments, training, 0.0, epsilon)[0]
 
-    (x,) = peek(lambda: node._saved_input)
+    x = peek(node, "_saved_input")
     configuration = (node.name(), training, y.device, y.dtype, y.shape, y.stride())
     if configuration not in SAME_BITS:
         SAME_BITS[configuration] = same_bits(compute(x.get()), y)

@@ -254,6 +254,23 @@ def test_random_graphs(backend, first):
                 pytest.fail(f"seed {seed}, {case}, {options}: {names}: {ours}, {theirs}")
 
 
+@pytest.mark.parametrize("function", [fused_act.mish, torch.nn.functional.mish])
+def test_nothing_of_a_checkpoint_runs_before_backward(function):
+    """What its nodes save is asked of it only in backward, when it has to compute it again."""
+    x, weight = (torch.randn(4, 4, requires_grad=True) for _ in range(2))
+    sizes = []
+
+    def part(x):
+        sizes.append(x.shape)
+        return function(x)
+
+    with remat():
+        y = checkpoint(part, x * 1, use_reentrant=False) @ weight
+        assert sizes == [x.shape]
+    y.sum().backward()
+    assert sizes == [x.shape] * 2
+
+
 WAYS = [
     *([] if INTERPRET else ["auto", "Function"]),
     *(pytest.param(*each.values, marks=each.marks) for each in BACKENDS),
