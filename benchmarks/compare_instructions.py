@@ -141,7 +141,7 @@ def cuda_kernels(capability: int) -> Iterator[tuple[Case | MatrixCase, Kernel]]:
         raise Unavailable(f"this install has no CUDA extension; where nvcc is, {REBUILD}")
     functions = machine_code.cuda_kernels(extension(), capability)
     for case in CASES:
-        yield case, machine_code.cuda_kernel(functions, *case)
+        yield case, machine_code.cuda_kernel(functions, *case, capability)
     for case in MATRIX_CASES:
         yield case, machine_code.cuda_matrix_kernel(functions, *case)
 

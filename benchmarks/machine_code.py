@@ -44,8 +44,9 @@ ATEN_KERNELS = {
 # The C++ structs of the activations with a weight.
 WEIGHTED_STRUCTS = {"prelu": "PReLU", "learnable_swish": "Swish"}
 
-# Threads of a block: as kThreads of csrc/elementwise.cuh and num_threads() of ATen say.
-CUDA_THREADS, ATEN_THREADS = 256, 128
+# Threads of a block: as kThreads and kTileBytes of csrc/elementwise.cuh and num_threads() of ATen
+# say.
+CUDA_THREADS, CUDA_TILE, ATEN_THREADS = 256, 4096, 128
 
 # Bits: an access of fewer moves one element, or a few bytes of a mask.
 WIDE = 64
@@ -297,7 +298,8 @@ def compile_triton_weighted(
 
     shape = (64, 128, 1, 1) if by_column else (64, 64, 64, 64)
     x = torch.empty(shape, dtype=dtype, device="meta")
-    matrix = triton_weighted.Matrix.of(x, x.size(1))
+    size = triton_weighted.block_size(dtype) * (1 if direction == "forward" else 2)
+    matrix = triton_weighted.Matrix.of(x, x.size(1), size)
     kernel = getattr(triton_weighted, f"{direction}_kernel")
     functions = ("forward",) if direction == "forward" else ("derivative", "weight_gradient")
     constants = {
@@ -384,16 +386,22 @@ def cuda_kernel(
     direction: str,
     masked: bool,
     dtype: torch.dtype,
+    capability: int,
 ) -> Kernel:
-    """The kernel for aligned tensors of `activation`, out of what `cuda_kernels` found."""
-    element = re.escape(CUDA_TYPES[dtype])
+    """The kernel that runs on sm_`capability` for aligned tensors of `activation`.
+
+    Args:
+        kernels: what `cuda_kernels` found for that capability.
+    """
+    access = 32 if capability >= 100 else 16
     kernel, _, from_output = direction.partition(" ")
     pattern = (
-        rf"fused_act::{kernel}_kernel<(\d+), {str(masked).lower()}, "
+        rf"fused_act::{kernel}_kernel<{access // dtype.itemsize}, {str(masked).lower()}, "
         rf"{'fused_act::FromOutput<' if from_output else ''}"
-        rf"fused_act::{activation.name.replace('_', '')}<{element}>"
+        rf"fused_act::{activation.name.replace('_', '')}<{re.escape(CUDA_TYPES[dtype])}>"
     )
-    return widest_kernel(kernels, pattern, dtype)
+    (name,) = (name for name in kernels if re.search(pattern, name, flags=re.IGNORECASE))
+    return Kernel(name, *kernels[name], CUDA_TILE // access, dtype)
 
 
 def cuda_mirrored_kernel(
@@ -409,11 +417,6 @@ def cuda_mirrored_kernel(
         rf"{f'{str(masked).lower()}, ' if direction == 'forward' else ''}"
         rf"fused_act::{row.activation.name.replace('_', '')}<{re.escape(CUDA_TYPES[dtype])}>"
     )
-    return widest_kernel(kernels, pattern, dtype)
-
-
-def widest_kernel(kernels: dict[str, Function], pattern: str, dtype: torch.dtype) -> Kernel:
-    """Of the kernels that `pattern` matches the one for the greatest width, its first group."""
     matches = (re.search(pattern, name, flags=re.IGNORECASE) for name in kernels)
     widest = max(filter(None, matches), key=lambda match: int(match[1]))
     return Kernel(widest.string, *kernels[widest.string], CUDA_THREADS, dtype)

@@ -6,6 +6,7 @@
 
 #include <cstdint>
 #include <type_traits>
+#include <vector>
 
 #include "math.cuh"
 
@@ -22,26 +23,23 @@ using BFloat16 = c10::BFloat16;
 using Half = c10::Half;
 
 constexpr int kThreads = 256;
-// Per thread and input, all in flight at once: enough to keep a Hopper SM's memory busy.
-constexpr int kBytesPerThread = 32;
 
-// Bytes that an access of a thread can move. Elsewhere two accesses of 16 bytes in a row would each
-// leave half of every sector untouched, so there a kernel for 32 is that for 16.
+// Blocks per SM that backward is compiled for: it then takes 33 to 40 registers a thread.
+constexpr int kBackwardBlocks = 6;
+
+// What a block handles, in bytes of x: small, so that blocks begin and end all the time, and some
+// load while others store.
+constexpr int kTileBytes = 4096;
+
+template <typename T>
+constexpr int kTile = kTileBytes / sizeof(T);
+
+// Bytes that an access of a thread can move.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 1000
 constexpr int kWidestAccess = 16;
 #else
 constexpr int kWidestAccess = 32;
 #endif
-
-// Blocks per SM that backward is compiled for: 40 registers a thread. With 64 bytes of each that is
-// 96 KiB in flight, where a Hopper SM wants 48 and a Blackwell 64.
-constexpr int kBackwardBlocks = 6;
-
-template <typename T>
-constexpr int kElementsPerThread = kBytesPerThread / sizeof(T);
-
-template <typename T>
-constexpr int kTile = kThreads * kElementsPerThread<T>;
 
 // What one access moves: kWidth elements.
 template <typename T, int kWidth>
@@ -49,7 +47,8 @@ struct alignas(sizeof(T) * kWidth) Vector {
   T elements[kWidth];
 };
 
-// The width of the accesses that a kernel for kWidth makes.
+// The width of the accesses that a kernel for kWidth makes: on a GPU without 32-byte accesses, two
+// of 16 in their place.
 template <typename T, int kWidth>
 constexpr int kAccess = kWidth * sizeof(T) > kWidestAccess ? kWidestAccess / sizeof(T) : kWidth;
 
@@ -117,15 +116,19 @@ __host__ __device__ __forceinline__ Vector<T, kWidth> from_floats(const float (&
   return result;
 }
 
-// The elements of one thread: runs of kRun consecutive ones, the threads' runs side by side, so
-// that a warp's accesses coalesce. A mask byte holds the bits of 8 elements, so with a mask a run
-// is 8.
-template <typename T, int kWidth, bool kMasked>
-struct Runs {
-  static constexpr int kRun = kMasked && kWidth < 8 ? 8 : kWidth;
-  static constexpr int kCount = kElementsPerThread<T> / kRun;
-  static constexpr int kStride = kThreads * kRun;  // from one run of a thread to its next
-  static_assert(kCount * kRun == kElementsPerThread<T> && kRun % kWidth == 0);
+// How the threads of a block share a tile in a kernel for accesses of kWidth elements: one access
+// each, or where addresses are misaligned several narrow ones, as many as make 16 bytes. The
+// threads' accesses lie side by side, so that those of a warp coalesce.
+template <typename T, int kWidth>
+struct Shares {
+  static constexpr int kThreads = kWidth * sizeof(T) > 16 ? 128 : fused_act::kThreads;
+  static constexpr int kElements = kAccess<T, kWidth>;  // of one access
+  static constexpr int kCount = kTile<T> / (kThreads * kElements);
+
+  // Where in the tile an access of a thread begins.
+  __host__ __device__ static constexpr int offset(int thread, int access) {
+    return (access * kThreads + thread) * kElements;
+  }
 };
 
 // What an activation saves for backward: a mask, or its output, always or in place only.
@@ -164,40 +167,6 @@ __host__ __device__ __forceinline__ void load(const T* source, float (&values)[k
   }
 }
 
-#if defined(__CUDA_ARCH__)
-__device__ __forceinline__ void load_relaxed(const void* source, uint32_t (&words)[4]) {
-  asm volatile("ld.relaxed.gpu.global.v4.b32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
-               : "l"(__cvta_generic_to_global(source)));
-}
-
-__device__ __forceinline__ void load_relaxed(const void* source, uint32_t (&words)[8]) {
-  asm volatile("ld.relaxed.gpu.global.v8.b32 {%0, %1, %2, %3, %4, %5, %6, %7}, [%8];"
-               : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3]), "=r"(words[4]),
-                 "=r"(words[5]), "=r"(words[6]), "=r"(words[7])
-               : "l"(__cvta_generic_to_global(source)));
-}
-#endif
-
-// Load one access into fp32, no later than the next such load. The compiler moves plain loads to
-// where they are used when it is short of registers; of relaxed ones it keeps the order.
-template <int kWidth, typename T>
-__host__ __device__ __forceinline__ void load_in_order(const T* source, float (&values)[kWidth]) {
-  using Access = Vector<T, kWidth>;
-#if defined(__CUDA_ARCH__)
-  constexpr bool kRelaxed = sizeof(Access) >= 16;
-#else
-  constexpr bool kRelaxed = false;
-#endif
-  if constexpr (kRelaxed) {
-    alignas(Access) uint32_t words[sizeof(Access) / 4];
-    load_relaxed(source, words);
-    to_floats(*reinterpret_cast<const Access*>(words), values);
-  } else {
-    load<kWidth>(source, values);
-  }
-}
-
 template <int kWidth, int kRun, typename T>
 __host__ __device__ __forceinline__ void store(T* target, const float (&values)[kRun]) {
 #pragma unroll
@@ -211,42 +180,73 @@ __host__ __device__ __forceinline__ void store(T* target, const float (&values)[
   }
 }
 
+// Write the mask of the elements from `offset` on, a bit for each. Threads whose accesses are
+// narrower than the eight elements of a byte join their bits, which takes all threads of a warp,
+// also those that have none, for which `any` is false.
+template <int kElements>
+__host__ __device__ __forceinline__ void store_bits(unsigned bits, uint8_t* mask, int offset,
+                                                    bool any = true) {
+  mask += offset / 8;
+  if constexpr (kElements < 8) {
+#if defined(__CUDA_ARCH__)
+#pragma unroll
+    for (int distance = 1; distance < 8 / kElements; distance *= 2) {
+      bits |= __shfl_down_sync(0xffffffff, bits, distance) << distance * kElements;
+    }
+    if (any && offset % 8 == 0) {
+      *mask = static_cast<uint8_t>(bits);
+    }
+#else
+    // The host runs one thread after the other.
+    if (any) {
+      *mask = static_cast<uint8_t>(offset % 8 == 0 ? bits : *mask | bits << offset % 8);
+    }
+#endif
+  } else if (any) {
+#pragma unroll
+    for (int i = 0; i < kElements; i += 8) {
+      mask[i / 8] = static_cast<uint8_t>(bits >> i);
+    }
+  }
+}
+
+template <int kElements>
+__host__ __device__ __forceinline__ unsigned load_bits(const uint8_t* mask, int offset) {
+  unsigned bits = mask[offset / 8];
+#pragma unroll
+  for (int i = 8; i < kElements; i += 8) {
+    bits |= static_cast<unsigned>(mask[(offset + i) / 8]) << i;
+  }
+  return bits >> offset % 8;
+}
+
 // What one thread does in a full tile.
 template <int kWidth, bool kMasked, typename Activation, typename T>
 __host__ __device__ __forceinline__ void forward_tile(Activation activation, const T* x, T* y,
                                                       uint8_t* mask, int thread) {
-  using R = Runs<T, kWidth, kMasked>;
-  x += thread * R::kRun;
-  y += thread * R::kRun;
-  // All loads come before all math: x and y may be the same memory, so the compiler cannot do it.
-  float values[R::kCount][R::kRun];
+  using S = Shares<T, kWidth>;
+  // All loads come before all stores: x and y may be the same memory, so the compiler cannot do it.
+  float values[S::kCount][S::kElements];
 #pragma unroll
-  for (int run = 0; run < R::kCount; run++) {
-    load<kWidth>(x + run * R::kStride, values[run]);
+  for (int access = 0; access < S::kCount; access++) {
+    load<S::kElements>(x + S::offset(thread, access), values[access]);
   }
-  if constexpr (kMasked) {
-    mask += thread * (R::kRun / 8);
 #pragma unroll
-    for (int run = 0; run < R::kCount; run++) {
+  for (int access = 0; access < S::kCount; access++) {
+    const int offset = S::offset(thread, access);
+    unsigned bits = 0;
+    float results[S::kElements];
 #pragma unroll
-      for (int i = 0; i < R::kRun; i += 8) {
-        unsigned bits = 0;
-#pragma unroll
-        for (int j = 0; j < 8; j++) {
-          bits = or_if(activation.passes(values[run][i + j]), bits, 1u << j);
-        }
-        mask[(run * R::kStride + i) / 8] = static_cast<uint8_t>(bits);
+    for (int i = 0; i < S::kElements; i++) {
+      if constexpr (kMasked) {
+        bits = or_if(activation.passes(values[access][i]), bits, 1u << i);
       }
+      results[i] = activation.forward(values[access][i]);
     }
-  }
-#pragma unroll
-  for (int run = 0; run < R::kCount; run++) {
-    float results[R::kRun];
-#pragma unroll
-    for (int i = 0; i < R::kRun; i++) {
-      results[i] = activation.forward(values[run][i]);
+    if constexpr (kMasked) {
+      store_bits<S::kElements>(bits, mask, offset);
     }
-    store<kWidth>(y + run * R::kStride, results);
+    store<S::kElements>(y + offset, results);
   }
 }
 
@@ -254,55 +254,42 @@ template <int kWidth, bool kMasked, typename Activation, typename T, typename Sa
 __host__ __device__ __forceinline__ void backward_tile(Activation activation, const T* grad_output,
                                                        const Saved* saved, T* grad_input,
                                                        int thread) {
-  using R = Runs<T, kWidth, kMasked>;
-  grad_output += thread * R::kRun;
-  grad_input += thread * R::kRun;
-  saved += thread * (kMasked ? R::kRun / 8 : R::kRun);
-  float grads[R::kCount][R::kRun];
-  float values[R::kCount][R::kRun];
-  unsigned bits[R::kCount] = {};
-  if constexpr (kMasked) {
+  using S = Shares<T, kWidth>;
+  float grads[S::kCount][S::kElements];
+  float values[S::kCount][S::kElements];
+  unsigned bits[S::kCount];
 #pragma unroll
-    for (int run = 0; run < R::kCount; run++) {
-      load<kWidth>(grad_output + run * R::kStride, grads[run]);
-#pragma unroll
-      for (int i = 0; i < R::kRun; i += 8) {
-        bits[run] |= static_cast<unsigned>(saved[(run * R::kStride + i) / 8]) << i;
-      }
-    }
-  } else {
-    // The math begins with the values of the first run, so they come last.
-#pragma unroll
-    for (int run = R::kCount - 1; run >= 0; run--) {
-      load_in_order<kWidth>(grad_output + run * R::kStride, grads[run]);
-    }
-#pragma unroll
-    for (int run = R::kCount - 1; run >= 0; run--) {
-      load_in_order<kWidth>(saved + run * R::kStride, values[run]);
+  for (int access = 0; access < S::kCount; access++) {
+    const int offset = S::offset(thread, access);
+    load<S::kElements>(grad_output + offset, grads[access]);
+    if constexpr (kMasked) {
+      bits[access] = load_bits<S::kElements>(saved, offset);
+    } else {
+      load<S::kElements>(saved + offset, values[access]);
     }
   }
 #pragma unroll
-  for (int run = 0; run < R::kCount; run++) {
-    float results[R::kRun];
+  for (int access = 0; access < S::kCount; access++) {
+    float results[S::kElements];
 #pragma unroll
-    for (int i = 0; i < R::kRun; i++) {
+    for (int i = 0; i < S::kElements; i++) {
       if constexpr (kMasked) {
-        results[i] = activation.gradient(grads[run][i], bits[run] >> i & 1);
+        results[i] = activation.gradient(grads[access][i], bits[access] >> i & 1);
       } else {
-        results[i] = grads[run][i] * activation.derivative(values[run][i]);
+        results[i] = grads[access][i] * activation.derivative(values[access][i]);
       }
     }
-    store<kWidth>(grad_input + run * R::kStride, results);
+    store<S::kElements>(grad_input + S::offset(thread, access), results);
   }
 }
 
 // What one thread does in the last tile, of `left` elements: eight at a time, one after the other,
 // so that this rare path does not cost registers in all the others.
-template <bool kMasked, typename Activation, typename T>
+template <int kStride, bool kMasked, typename Activation, typename T>
 __host__ __device__ __forceinline__ void forward_tail(Activation activation, const T* x, T* y,
                                                       uint8_t* mask, int left, int thread) {
 #pragma unroll 1
-  for (int offset = 8 * thread; offset < left; offset += 8 * kThreads) {
+  for (int offset = 8 * thread; offset < left; offset += 8 * kStride) {
     unsigned bits = 0;
 #pragma unroll 1
     for (int i = 0; i < 8 && offset + i < left; i++) {
@@ -318,12 +305,12 @@ __host__ __device__ __forceinline__ void forward_tail(Activation activation, con
   }
 }
 
-template <bool kMasked, typename Activation, typename T, typename Saved>
+template <int kStride, bool kMasked, typename Activation, typename T, typename Saved>
 __host__ __device__ __forceinline__ void backward_tail(Activation activation, const T* grad_output,
                                                        const Saved* saved, T* grad_input, int left,
                                                        int thread) {
 #pragma unroll 1
-  for (int i = thread; i < left; i += kThreads) {
+  for (int i = thread; i < left; i += kStride) {
     const float grad = to_float(grad_output[i]);
     if constexpr (kMasked) {
       grad_input[i] = static_cast<T>(activation.gradient(grad, saved[i / 8] >> i % 8 & 1));
@@ -346,7 +333,8 @@ __host__ __device__ __forceinline__ void forward_thread(Activation activation, c
   if (left >= kTile<T>) {
     forward_tile<kWidth, kMasked>(activation, x + start, y + start, mask, thread);
   } else {
-    forward_tail<kMasked>(activation, x + start, y + start, mask, static_cast<int>(left), thread);
+    forward_tail<Shares<T, kWidth>::kThreads, kMasked>(activation, x + start, y + start, mask,
+                                                       static_cast<int>(left), thread);
   }
 }
 
@@ -363,8 +351,8 @@ __host__ __device__ __forceinline__ void backward_thread(Activation activation,
   if (left >= kTile<T>) {
     backward_tile<kWidth, kMasked>(activation, grad_output, saved, grad_input, thread);
   } else {
-    backward_tail<kMasked>(activation, grad_output, saved, grad_input, static_cast<int>(left),
-                           thread);
+    backward_tail<Shares<T, kWidth>::kThreads, kMasked>(activation, grad_output, saved, grad_input,
+                                                        static_cast<int>(left), thread);
   }
 }
 
@@ -373,7 +361,8 @@ int64_t block_count(int64_t numel) {
   return (numel + kTile<T> - 1) / kTile<T>;
 }
 
-// Call `run` with the widest access, of kBytes at most, that all the addresses allow.
+// Call `run` with the widest access, of kBytes at most, that all the addresses allow. A number of
+// bytes among them allows no wider one than that.
 template <typename T, int kBytes = 32, typename Run, typename... Pointers>
 void with_widest_access(Run run, Pointers... pointers) {
   const uintptr_t addresses = (reinterpret_cast<uintptr_t>(pointers) | ...);
@@ -386,19 +375,36 @@ void with_widest_access(Run run, Pointers... pointers) {
 }
 
 #if defined(__CUDACC__)
+// Bytes of the widest access that pays on the current device: from sm_100 on there are such of 32.
+inline uintptr_t widest_access() {
+  static const std::vector<uintptr_t> of_devices = [] {
+    int count = 0;
+    cudaGetDeviceCount(&count);
+    std::vector<uintptr_t> found(count, 16);
+    for (int device = 0; device < count; device++) {
+      int major = 0;
+      cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+      found[device] = major < 10 ? 16 : 32;
+    }
+    return found;
+  }();
+  int device = 0;
+  cudaGetDevice(&device);
+  return of_devices[device];
+}
+
 template <int kWidth, bool kMasked, typename Activation, typename T>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(Shares<T, kWidth>::kThreads)
     forward_kernel(Activation activation, const T* x, T* y, uint8_t* mask, int64_t numel) {
-  forward_thread<kAccess<T, kWidth>, kMasked>(activation, x, y, mask, numel, blockIdx.x,
-                                              threadIdx.x);
+  forward_thread<kWidth, kMasked>(activation, x, y, mask, numel, blockIdx.x, threadIdx.x);
 }
 
 template <int kWidth, bool kMasked, typename Activation, typename T, typename Saved>
-__global__ void __launch_bounds__(kThreads, kBackwardBlocks)
+__global__ void __launch_bounds__(Shares<T, kWidth>::kThreads, kBackwardBlocks)
     backward_kernel(Activation activation, const T* grad_output, const Saved* saved, T* grad_input,
                     int64_t numel) {
-  backward_thread<kAccess<T, kWidth>, kMasked>(activation, grad_output, saved, grad_input, numel,
-                                               blockIdx.x, threadIdx.x);
+  backward_thread<kWidth, kMasked>(activation, grad_output, saved, grad_input, numel, blockIdx.x,
+                                   threadIdx.x);
 }
 
 template <bool kMasked, typename Activation, typename T>
@@ -406,24 +412,27 @@ void launch_forward(Activation activation, const T* x, T* y, uint8_t* mask, int6
                     cudaStream_t stream) {
   with_widest_access<T>(
       [&](auto width) {
-        forward_kernel<decltype(width)::value, kMasked>
-            <<<block_count<T>(numel), kThreads, 0, stream>>>(activation, x, y, mask, numel);
+        constexpr int kWidth = decltype(width)::value;
+        forward_kernel<kWidth, kMasked>
+            <<<block_count<T>(numel), Shares<T, kWidth>::kThreads, 0, stream>>>(activation, x, y,
+                                                                                mask, numel);
       },
-      x, y);
+      widest_access(), x, y);
 }
 
 template <bool kMasked, typename Activation, typename T, typename Saved>
 void launch_backward(Activation activation, const T* grad_output, const Saved* saved, T* grad_input,
                      int64_t numel, cudaStream_t stream) {
   auto launch = [&](auto width) {
-    backward_kernel<decltype(width)::value, kMasked>
-        <<<block_count<T>(numel), kThreads, 0, stream>>>(activation, grad_output, saved, grad_input,
-                                                         numel);
+    constexpr int kWidth = decltype(width)::value;
+    backward_kernel<kWidth, kMasked>
+        <<<block_count<T>(numel), Shares<T, kWidth>::kThreads, 0, stream>>>(
+            activation, grad_output, saved, grad_input, numel);
   };
-  if constexpr (kMasked) {
-    with_widest_access<T>(launch, grad_output, grad_input);  // the mask is read by the byte
+  if constexpr (kMasked) {  // the mask is read by the byte
+    with_widest_access<T>(launch, widest_access(), grad_output, grad_input);
   } else {
-    with_widest_access<T>(launch, grad_output, saved, grad_input);
+    with_widest_access<T>(launch, widest_access(), grad_output, saved, grad_input);
   }
 }
 #endif

@@ -30,7 +30,7 @@ void forward(const double* parameters, const T* x, T* y, uint8_t* mask, int64_t 
       [&](auto width) {
         constexpr int kWidth = decltype(width)::value;
         for (int64_t block = first_block; block < last_block; block++) {
-          for (int thread = 0; thread < kThreads; thread++) {
+          for (int thread = 0; thread < Shares<T, kWidth>::kThreads; thread++) {
             if constexpr (kSavesMask<ACTIVATION<T>>) {
               if (mask != nullptr) {
                 forward_thread<kWidth, true>(activation, x, y, mask, numel, block, thread);
@@ -50,7 +50,7 @@ void backward(Activation activation, const T* grad_output, const Saved* saved, T
   auto run = [&](auto width) {
     constexpr int kWidth = decltype(width)::value;
     for (int64_t block = first_block; block < last_block; block++) {
-      for (int thread = 0; thread < kThreads; thread++) {
+      for (int thread = 0; thread < Shares<T, kWidth>::kThreads; thread++) {
         backward_thread<kWidth, kMasked>(activation, grad_output, saved, grad_input, numel, block,
                                          thread);
       }
