@@ -12,124 +12,82 @@ namespace fused_act {
 struct MirroredMatrix {
   int64_t rows, columns;
 
-  // A run is what a thread takes at a time: the elements of a mask byte, fewer at the end of a row.
-  __host__ __device__ int64_t runs_of_row() const { return (columns + 7) / 8; }
+  __host__ __device__ int64_t bytes_of_mask_row() const { return (columns + 7) / 8; }
 };
 
+// What a thread takes of x: 16 bytes, fewer at the end of a row. A warp's runs lie side by side, so
+// that accesses coalesce. A row has as many as its mask has room for: the threads of a mask byte
+// are neighbours in a warp.
 template <typename T>
-constexpr int kRunsPerThread = kElementsPerThread<T> / 8;
+constexpr int kRun = 16 / sizeof(T);
+
+template <typename T>
+__host__ __device__ __forceinline__ int64_t runs_of_row(MirroredMatrix matrix) {
+  return matrix.bytes_of_mask_row() * (8 / kRun<T>);
+}
 
 template <typename T>
 int64_t mirrored_block_count(MirroredMatrix matrix) {
-  constexpr int64_t kRuns = kThreads * kRunsPerThread<T>;
-  return (matrix.rows * matrix.runs_of_row() + kRuns - 1) / kRuns;
+  return (matrix.rows * runs_of_row<T>(matrix) + kThreads - 1) / kThreads;
 }
 
-// A run: where it begins in x, and in the first of its two rows of y and of the mask.
+// Where a run begins in x, in the first of its two rows of y, and in that of the mask.
 struct Run {
   int64_t x, y, mask;
-  int length;  // 0 beyond the last row
+  int bit;     // of the mask byte, with which it begins
+  int length;  // 0 beyond the end of a row, and beyond the last row
 };
 
-// The run that a thread takes `count`-th. A warp's runs lie side by side, so that accesses
-// coalesce.
 template <typename T>
-__host__ __device__ __forceinline__ Run find_run(MirroredMatrix matrix, int64_t block, int thread,
-                                                 int count) {
-  const int64_t index = (block * kRunsPerThread<T> + count) * kThreads + thread;
-  const int64_t runs_of_row = matrix.runs_of_row();
+__host__ __device__ __forceinline__ Run find_run(MirroredMatrix matrix, int64_t block, int thread) {
+  const int64_t index = block * kThreads + thread, row_length = runs_of_row<T>(matrix);
   // By a division of 32 bits, if those do: one of 64 would take longer than all the rest.
-  const int64_t row = (index | runs_of_row) >> 32 == 0
-                          ? static_cast<uint32_t>(index) / static_cast<uint32_t>(runs_of_row)
-                          : index / runs_of_row;
-  const int64_t run = index - row * runs_of_row;
-  const int64_t left = matrix.columns - 8 * run;
-  return {row * matrix.columns + 8 * run, 2 * row * matrix.columns + 8 * run,
-          2 * row * runs_of_row + run,
-          row < matrix.rows ? static_cast<int>(left < 8 ? left : 8) : 0};
+  const int64_t row = (index | row_length) >> 32 == 0
+                          ? static_cast<uint32_t>(index) / static_cast<uint32_t>(row_length)
+                          : index / row_length;
+  const int64_t column = kRun<T> * (index - row * row_length), left = matrix.columns - column;
+  const int64_t length = left < kRun<T> ? left : kRun<T>;
+  return {row * matrix.columns + column, 2 * row * matrix.columns + column,
+          2 * row * matrix.bytes_of_mask_row() + column / 8, static_cast<int>(column % 8),
+          row < matrix.rows && length > 0 ? static_cast<int>(length) : 0};
 }
 
-template <typename T>
-struct RunsOfThread {
-  Run runs[kRunsPerThread<T>];
-  bool full = true;
-
-  __host__ __device__ __forceinline__ RunsOfThread(MirroredMatrix matrix, int64_t block,
-                                                   int thread) {
-#pragma unroll
-    for (int i = 0; i < kRunsPerThread<T>; i++) {
-      runs[i] = find_run<T>(matrix, block, thread, i);
-      full = full && runs[i].length == 8;
-    }
-  }
-};
-
-#if defined(__CUDA_ARCH__)
-__device__ __forceinline__ void store_words(void* target, const uint32_t (&words)[4]) {
-  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};"
-               :
-               : "l"(__cvta_generic_to_global(target)), "r"(words[0]), "r"(words[1]), "r"(words[2]),
-                 "r"(words[3])
-               : "memory");
-}
-
-__device__ __forceinline__ void store_words(void* target, const uint32_t (&words)[8]) {
-  asm volatile("st.global.v8.b32 [%0], {%1, %2, %3, %4, %5, %6, %7, %8};"
-               :
-               : "l"(__cvta_generic_to_global(target)), "r"(words[0]), "r"(words[1]), "r"(words[2]),
-                 "r"(words[3]), "r"(words[4]), "r"(words[5]), "r"(words[6]), "r"(words[7])
-               : "memory");
-}
-#endif
-
-// Store eight elements. Of plain 16-byte stores to several rows nvcc 13.0 makes 4-byte ones.
+// Store a whole run. Of plain 16-byte stores to several rows nvcc 13.0 makes 4-byte ones.
 template <int kWidth, typename T>
-__host__ __device__ __forceinline__ void store_whole(T* target, const float (&values)[8]) {
-  using Access = Vector<T, kWidth>;
+__host__ __device__ __forceinline__ void store_run_whole(T* target,
+                                                         const float (&values)[kRun<T>]) {
 #if defined(__CUDA_ARCH__)
-  constexpr bool kByWords = sizeof(Access) >= 16;
-#else
-  constexpr bool kByWords = false;
-#endif
-  if constexpr (kByWords) {
-#pragma unroll
-    for (int i = 0; i < 8; i += kWidth) {
-      alignas(Access) uint32_t words[sizeof(Access) / 4];
-      store<kWidth>(reinterpret_cast<T*>(words),
-                    reinterpret_cast<const float (&)[kWidth]>(values[i]));
-      store_words(target + i, words);
-    }
-  } else {
-    store<kWidth>(target, values);
+  if constexpr (kWidth == kRun<T>) {
+    uint4 words;
+    store<kWidth>(reinterpret_cast<T*>(&words), values);
+    return __stwb(reinterpret_cast<uint4*>(target), words);
   }
+#endif
+  store<kWidth>(target, values);
 }
 
-// f of eight elements, and the mask byte that tells of them.
+// f of a whole run, and the bits that tell of it.
 template <int kWidth, bool kMasked, typename Activation, typename T>
-__host__ __device__ __forceinline__ void store_activated(Activation activation,
-                                                         const float (&values)[8], T* y,
-                                                         uint8_t* mask) {
-  if constexpr (kMasked) {
-    unsigned bits = 0;
+__host__ __device__ __forceinline__ unsigned activate_run(Activation activation,
+                                                          const float (&values)[kRun<T>], T* y) {
+  unsigned bits = 0;
+  float results[kRun<T>];
 #pragma unroll
-    for (int i = 0; i < 8; i++) {
+  for (int i = 0; i < kRun<T>; i++) {
+    if constexpr (kMasked) {
       bits = or_if(activation.passes(values[i]), bits, 1u << i);
     }
-    *mask = static_cast<uint8_t>(bits);
-  }
-  float results[8];
-#pragma unroll
-  for (int i = 0; i < 8; i++) {
     results[i] = activation.forward(values[i]);
   }
-  store_whole<kWidth>(y, results);
+  store_run_whole<kWidth>(y, results);
+  return bits;
 }
 
-// The same of fewer, one after the other, so that this rare path costs the others no registers.
+// The same of fewer elements, one after the other, so that this rare path costs the others no
+// registers.
 template <bool kMasked, typename Activation, typename T>
-__host__ __device__ __forceinline__ void activate_part(Activation activation, const T* x,
-                                                       float sign, int length, T* y,
-                                                       uint8_t* mask) {
+__host__ __device__ __forceinline__ unsigned activate_part(Activation activation, const T* x,
+                                                           float sign, int length, T* y) {
   unsigned bits = 0;
 #pragma unroll 1
   for (int i = 0; i < length; i++) {
@@ -139,9 +97,7 @@ __host__ __device__ __forceinline__ void activate_part(Activation activation, co
     }
     y[i] = static_cast<T>(activation.forward(value));
   }
-  if (kMasked && length > 0) {
-    *mask = static_cast<uint8_t>(bits);
-  }
+  return bits;
 }
 
 // What thread `thread` of block `block` does.
@@ -150,36 +106,27 @@ __host__ __device__ __forceinline__ void mirrored_forward_thread(Activation acti
                                                                  T* y, uint8_t* mask,
                                                                  MirroredMatrix matrix,
                                                                  int64_t block, int thread) {
-  const RunsOfThread<T> at(matrix, block, thread);
-  const int64_t mask_row = matrix.runs_of_row();
-  if (at.full) {
-    float values[kRunsPerThread<T>][8];
+  const Run run = find_run<T>(matrix, block, thread);
+  x += run.x;
+  y += run.y;
+  unsigned bits, mirrored_bits;
+  if (run.length == kRun<T>) {
+    float values[kRun<T>], negated[kRun<T>];
+    load<kWidth>(x, values);
 #pragma unroll
-    for (int i = 0; i < kRunsPerThread<T>; i++) {
-      load<kWidth>(x + at.runs[i].x, values[i]);
+    for (int i = 0; i < kRun<T>; i++) {
+      negated[i] = -values[i];
     }
-#pragma unroll
-    for (int i = 0; i < kRunsPerThread<T>; i++) {
-      const Run& run = at.runs[i];
-      float negated[8];
-#pragma unroll
-      for (int j = 0; j < 8; j++) {
-        negated[j] = -values[i][j];
-      }
-      T* target = y + run.y;
-      store_activated<kWidth, kMasked>(activation, values[i], target, mask + run.mask);
-      store_activated<kWidth, kMasked>(activation, negated, target + matrix.columns,
-                                       mask + run.mask + mask_row);
-    }
+    bits = activate_run<kWidth, kMasked>(activation, values, y);
+    mirrored_bits = activate_run<kWidth, kMasked>(activation, negated, y + matrix.columns);
   } else {
-#pragma unroll 1
-    for (int i = 0; i < kRunsPerThread<T>; i++) {
-      const Run run = find_run<T>(matrix, block, thread, i);
-      T* target = y + run.y;
-      activate_part<kMasked>(activation, x + run.x, 1.0f, run.length, target, mask + run.mask);
-      activate_part<kMasked>(activation, x + run.x, -1.0f, run.length, target + matrix.columns,
-                             mask + run.mask + mask_row);
-    }
+    bits = activate_part<kMasked>(activation, x, 1.0f, run.length, y);
+    mirrored_bits = activate_part<kMasked>(activation, x, -1.0f, run.length, y + matrix.columns);
+  }
+  if constexpr (kMasked) {
+    mask += run.mask;
+    store_bits<kRun<T>>(bits, mask, run.bit, run.length > 0);
+    store_bits<kRun<T>>(mirrored_bits, mask + matrix.bytes_of_mask_row(), run.bit, run.length > 0);
   }
 }
 
@@ -187,41 +134,32 @@ template <int kWidth, typename Activation, typename T>
 __host__ __device__ __forceinline__ void mirrored_backward_thread(
     Activation activation, const T* grad_output, const uint8_t* mask, T* grad_input,
     MirroredMatrix matrix, int64_t block, int thread) {
-  const RunsOfThread<T> at(matrix, block, thread);
-  const int64_t mask_row = matrix.runs_of_row();
-  if (at.full) {
-    float grads[kRunsPerThread<T>][2][8];
-    unsigned bits[kRunsPerThread<T>][2];
+  const Run run = find_run<T>(matrix, block, thread);
+  grad_output += run.y;
+  mask += run.mask;
+  grad_input += run.x;
+  const T* mirrored_grad = grad_output + matrix.columns;
+  const uint8_t* mirrored_mask = mask + matrix.bytes_of_mask_row();
+  if (run.length == kRun<T>) {
+    float grads[kRun<T>], mirrored_grads[kRun<T>];
+    load<kWidth>(grad_output, grads);
+    load<kWidth>(mirrored_grad, mirrored_grads);
+    const unsigned bits = load_bits<kRun<T>>(mask, run.bit);
+    const unsigned mirrored_bits = load_bits<kRun<T>>(mirrored_mask, run.bit);
+    float results[kRun<T>];
 #pragma unroll
-    for (int i = 0; i < kRunsPerThread<T>; i++) {
-#pragma unroll
-      for (int half = 0; half < 2; half++) {
-        load<kWidth>(grad_output + at.runs[i].y + half * matrix.columns, grads[i][half]);
-        bits[i][half] = mask[at.runs[i].mask + half * mask_row];
-      }
+    for (int i = 0; i < kRun<T>; i++) {
+      results[i] = activation.gradient(grads[i], bits >> i & 1) -
+                   activation.gradient(mirrored_grads[i], mirrored_bits >> i & 1);
     }
-#pragma unroll
-    for (int i = 0; i < kRunsPerThread<T>; i++) {
-      float results[8];
-#pragma unroll
-      for (int j = 0; j < 8; j++) {
-        results[j] = activation.gradient(grads[i][0][j], bits[i][0] >> j & 1) -
-                     activation.gradient(grads[i][1][j], bits[i][1] >> j & 1);
-      }
-      store_whole<kWidth>(grad_input + at.runs[i].x, results);
-    }
+    store_run_whole<kWidth>(grad_input, results);
   } else {
 #pragma unroll 1
-    for (int i = 0; i < kRunsPerThread<T>; i++) {
-      const Run run = find_run<T>(matrix, block, thread, i);
-#pragma unroll 1
-      for (int j = 0; j < run.length; j++) {
-        const T* grad = grad_output + run.y + j;
-        const uint8_t* bits = mask + run.mask;
-        grad_input[run.x + j] = static_cast<T>(
-            activation.gradient(to_float(grad[0]), *bits >> j & 1) -
-            activation.gradient(to_float(grad[matrix.columns]), bits[mask_row] >> j & 1));
-      }
+    for (int i = 0; i < run.length; i++) {
+      const int bit = run.bit + i;
+      grad_input[i] = static_cast<T>(
+          activation.gradient(to_float(grad_output[i]), *mask >> bit & 1) -
+          activation.gradient(to_float(mirrored_grad[i]), *mirrored_mask >> bit & 1));
     }
   }
 }
@@ -230,7 +168,7 @@ __host__ __device__ __forceinline__ void mirrored_backward_thread(
 template <typename T, typename Function>
 void with_widest_access_to_rows(Function run, MirroredMatrix matrix, const void* a, const void* b) {
   const auto step = static_cast<uintptr_t>(matrix.columns * sizeof(T));
-  with_widest_access<T, 8 * sizeof(T)>(run, a, b, reinterpret_cast<const void*>(step));
+  with_widest_access<T, 16>(run, a, b, step);
 }
 
 #if defined(__CUDACC__)
@@ -238,16 +176,15 @@ template <int kWidth, bool kMasked, typename Activation, typename T>
 __global__ void __launch_bounds__(kThreads)
     mirrored_forward_kernel(Activation activation, const T* x, T* y, uint8_t* mask,
                             MirroredMatrix matrix) {
-  mirrored_forward_thread<kAccess<T, kWidth>, kMasked>(activation, x, y, mask, matrix, blockIdx.x,
-                                                       threadIdx.x);
+  mirrored_forward_thread<kWidth, kMasked>(activation, x, y, mask, matrix, blockIdx.x, threadIdx.x);
 }
 
 template <int kWidth, typename Activation, typename T>
-__global__ void __launch_bounds__(kThreads, kBackwardBlocks)
+__global__ void __launch_bounds__(kThreads)
     mirrored_backward_kernel(Activation activation, const T* grad_output, const uint8_t* mask,
                              T* grad_input, MirroredMatrix matrix) {
-  mirrored_backward_thread<kAccess<T, kWidth>>(activation, grad_output, mask, grad_input, matrix,
-                                               blockIdx.x, threadIdx.x);
+  mirrored_backward_thread<kWidth>(activation, grad_output, mask, grad_input, matrix, blockIdx.x,
+                                   threadIdx.x);
 }
 
 template <bool kMasked, typename Activation, typename T>

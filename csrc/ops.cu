@@ -331,7 +331,7 @@ struct MirroredOps {
     Tensor y = empty_strided(layout.shape, layout.stride, dtype_of(x), x);
     Tensor mask;
     if constexpr (kMasked) {
-      const int64_t bytes = layout.matrix.runs_of_row(), step = std::max<int64_t>(bytes, 1);
+      const int64_t bytes = layout.matrix.bytes_of_mask_row(), step = std::max<int64_t>(bytes, 1);
       const std::vector<int64_t> shape{layout.matrix.rows, 2, bytes}, stride{2 * step, step, 1};
       mask = empty_strided(shape, stride, aoti_torch_dtype_uint8(), x);
     }
@@ -376,7 +376,7 @@ struct MirroredOps {
     const Layout layout(shape, stride, dim);
     STD_TORCH_CHECK(mask.is_cuda() && grad_output.get_device_index() == mask.get_device_index() &&
                         mask.scalar_type() == ScalarType::Byte && mask.is_contiguous() &&
-                        mask.numel() == 2 * layout.matrix.rows * layout.matrix.runs_of_row(),
+                        mask.numel() == 2 * layout.matrix.rows * layout.matrix.bytes_of_mask_row(),
                     "fused_act: expected a contiguous uint8 mask with a bit for each element of ",
                     2 * layout.matrix.rows, " rows of ", layout.matrix.columns, ", got ",
                     mask.numel(), " bytes");

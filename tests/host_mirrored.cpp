@@ -56,13 +56,14 @@ int widest_access(int dtype, int64_t columns, const void* a, const void* b) {
   return width;
 }
 
-// place: offsets in x, y and mask, and the length.
+// place: offsets in x, y and mask, the first bit, and the length.
 void locate(int64_t rows, int64_t columns, int64_t block, int thread, int64_t* place) {
-  const auto run = find_run<float>(MirroredMatrix{rows, columns}, block, thread, 0);
+  const auto run = find_run<float>(MirroredMatrix{rows, columns}, block, thread);
   place[0] = run.x;
   place[1] = run.y;
   place[2] = run.mask;
-  place[3] = run.length;
+  place[3] = run.bit;
+  place[4] = run.length;
 }
 
 // Without a mask if that is null.

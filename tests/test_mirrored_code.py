@@ -3,6 +3,7 @@
 import copy
 import ctypes
 import functools
+import itertools
 import pickle
 import re
 import subprocess
@@ -23,6 +24,7 @@ from tests.cases import LAYOUTS, Guarded, all_dtypes, both_16_bit_dtypes
 from tests.test_machine_code import (
     BACKENDS,
     BACKENDS_BY_NAME,
+    CAPABILITIES,
     extension_kernels,
     skip_unless_counted,
 )
@@ -161,7 +163,7 @@ def run_backward(host, grad_output, mask, grad_input, first=0):
 
 
 def elements_of_block(dtype):
-    return 256 * 32 // dtype.itemsize
+    return 256 * 16 // dtype.itemsize
 
 
 @all_dtypes
@@ -219,19 +221,21 @@ def test_host_offsets_beyond_32_bits(host, dtype):
 @pytest.mark.parametrize("columns", [1, 9, 64, 2**31 - 7, 2**32 + 24, 2**35 + 40])
 def test_host_finds_runs_of_any_matrix(host, columns):
     """The division is one of 32 bits where that does, and not beyond."""
-    of_row = -(-columns // 8)
+    bytes_ = -(-columns // 8)
     for index in (0, 1, 300, 2**29, 2**32 - 1, 2**32, 2**32 + 300, 2**36 + 5):
-        row, run = divmod(index, of_row)
+        row, run = divmod(index, 2 * bytes_)
         rows = max(row, 1)
-        place = (ctypes.c_int64 * 4)()
+        place = (ctypes.c_int64 * 5)()
         host.locate(*sizes(rows, columns, index // 256), index % 256, place)
-        length = min(8, columns - 8 * run) if row < rows else 0
-        start = row * columns + 8 * run
-        assert list(place) == [start, start + row * columns, row * 2 * of_row + run, length], index
+        length = max(0, min(4, columns - 4 * run)) if row < rows else 0
+        start = row * columns + 4 * run
+        at = [start, start + row * columns, row * 2 * bytes_ + run // 2, run % 2 * 4, length]
+        assert list(place) == at, index
 
 
 @all_dtypes
 def test_host_accesses_are_as_wide_as_rows_and_addresses_allow(host, dtype):
+    widths = [width for width in (8, 4, 2, 1) if width * dtype.itemsize <= 16]
     for columns in (1, 2, 4, 6, 8, 12, 16, 24, 64):
         for offset in range(9):
             width = host.widest_access(
@@ -240,7 +244,7 @@ def test_host_accesses_are_as_wide_as_rows_and_addresses_allow(host, dtype):
                 ctypes.c_void_p(64 * 8),
                 ctypes.c_void_p(offset * dtype.itemsize),
             )
-            fits = (w for w in (8, 4, 2, 1) if columns % w == 0 and offset % w == 0)
+            fits = (w for w in widths if columns % w == 0 and offset % w == 0)
             assert width == next(fits), (columns, offset)
 
 
@@ -249,8 +253,8 @@ def test_host_accesses_are_as_wide_as_rows_and_addresses_allow(host, dtype):
 BUDGETS = {
     ("triton", 16): {"forward": 5, "masked": 8, "backward": 17},
     ("triton", 32): {"forward": 7, "masked": 16, "backward": 25},
-    ("cuda", 16): {"forward": 6, "masked": 9.5, "backward": 19},
-    ("cuda", 32): {"forward": 6.5, "masked": 9.5, "backward": 18},
+    ("cuda", 16): {"forward": 7, "masked": 10, "backward": 20},
+    ("cuda", 32): {"forward": 11.5, "masked": 18, "backward": 34},
 }
 KINDS = {"forward": ("forward", False), "masked": ("forward", True), "backward": ("backward", True)}
 CODE_COLUMNS = (16, 64, 2**20)
@@ -272,31 +276,25 @@ def compiled(backend, kind, dtype, columns, capability=90):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
 def test_machine_code(backend, kind, dtype, record_property):
-    """Few instructions, accesses of 16 bytes (of 32, where they are), loads in flight, no spill."""
+    """Few instructions, accesses of 16 bytes, one a thread and row in CUDA C++, and no spill."""
     skip_unless_counted(backend)
-    for columns in CODE_COLUMNS if backend == "triton" else CODE_COLUMNS[-1:]:
-        kernel = compiled(backend, kind, dtype, columns)
-        record_property(f"instructions per element, {columns} columns", kernel.per_element())
-        assert kernel.per_element() <= BUDGETS[backend, 8 * dtype.itemsize][kind]
+    capabilities = CAPABILITIES[backend] if backend == "cuda" else (90,)
+    for columns, capability in itertools.product(
+        CODE_COLUMNS if backend == "triton" else CODE_COLUMNS[-1:], capabilities
+    ):
+        kernel = compiled(backend, kind, dtype, columns, capability)
+        if capability == 90:
+            record_property(f"instructions per element, {columns} columns", kernel.per_element())
+            assert kernel.per_element() <= BUDGETS[backend, 8 * dtype.itemsize][kind]
         assert kernel.spills() == 0
         assert kernel.registers <= (48 if backend == "triton" else 40)
         reads, writes = (2, 1) if kind == "backward" else (1, 2)
+        of_thread = 2 if backend == "triton" else 1
         masked = {8} if kind != "forward" else set()
-        assert kernel.accesses("LDG").count(128) == 2 * reads
-        assert kernel.accesses("STG").count(128) == 2 * writes
+        assert kernel.accesses("LDG").count(128) == of_thread * reads
+        assert kernel.accesses("STG").count(128) == of_thread * writes
         assert {*kernel.accesses("LDG"), *kernel.accesses("STG")} - {128} == masked
-        if backend == "cuda" or kind != "backward":
-            assert sum(kernel.loads_in_flight()) == 256 * reads
         assert not [one for one in kernel.hot_path if one.opcode.startswith("CALL")]
-
-
-@BACKENDS_BY_NAME["cuda"]
-def test_newer_gpus_make_32_byte_accesses():
-    if not extension_kernels(100):
-        pytest.skip("the extension has no code for sm_100")
-    kernel = compiled("cuda", "masked", torch.float32, None, 100)
-    assert kernel.accesses("LDG") == [256]
-    assert kernel.accesses("STG").count(256) == 2
 
 
 @BACKENDS_BY_NAME["triton"]
