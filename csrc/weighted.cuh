@@ -12,6 +12,8 @@ namespace fused_act {
 // Of a tile whose columns have weights: one cache line. Wider ones have few rows to sum over.
 constexpr int kColumnBytes = 128;
 constexpr int kWarp = 32;
+// Of a thread and input: so many elements share the cost of weights, sums and places.
+constexpr int kBytesPerThread = 64;
 
 // A dense tensor as its memory has it: rows of `columns` elements, the last of which may be short.
 // Rows have the weights in turn, or columns have them (channels_last, or a batch of vectors).
@@ -29,7 +31,7 @@ struct WeightedMatrix {
 // A thread of a tile has kWidth elements beside each other in kRuns rows.
 template <typename T, int kWidth>
 struct Tile {
-  static constexpr int kRuns = kElementsPerThread<T> / kWidth;
+  static constexpr int kRuns = kBytesPerThread / (kWidth * sizeof(T));
 
   static int64_t row_blocks(const WeightedMatrix& matrix) {
     const int64_t rows = kRuns * (kThreads >> matrix.log_across);
@@ -289,19 +291,19 @@ __device__ __forceinline__ void sum_over_threads(float (&values)[kCount], int ac
   }
 }
 
+// Blocks per SM that the kernels are compiled for: 64 registers a thread. Swish backward in 16 bits
+// spills six of them where columns have the weights, and is faster so than with 80.
+constexpr int kWeightedBlocks = 4;
+
 template <int kWidth, bool kByColumn, template <typename> class Activation, typename T>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kWeightedBlocks)
     weighted_forward_kernel(const T* x, const float* weight, T* y, WeightedMatrix matrix) {
   weighted_forward_thread<kByColumn, Activation, kWidth>(x, weight, y, matrix, blockIdx.x,
                                                          threadIdx.x);
 }
 
-// Blocks per SM that backward is compiled for: 80 registers a thread, and with 64 bytes of each
-// 48 KiB in flight. With 64 registers it spills.
-constexpr int kWeightedBackwardBlocks = 3;
-
 template <int kWidth, bool kByColumn, template <typename> class Activation, typename T>
-__global__ void __launch_bounds__(kThreads, kWeightedBackwardBlocks)
+__global__ void __launch_bounds__(kThreads, kWeightedBlocks)
     weighted_backward_kernel(const T* grad_output, const T* x, const float* weight, T* grad_input,
                              float* sums, WeightedMatrix matrix) {
   const Place<T, kWidth> place(matrix, blockIdx.x, threadIdx.x);
