@@ -37,14 +37,14 @@ BUDGETS = {
         "selu": (14, 11, 10),
     },
     ("cuda", 16): {
-        "mish": (13, 18),
-        "swish": (10, 17),
-        "relu6": (9, 7),
-        "sigmoid": (9, 7),
-        "tanh": (18, 7),
-        "relu": (6, 6),
-        "leaky_relu": (7, 6),
-        "selu": (16, 11, 10),
+        "mish": (14, 20),
+        "swish": (11, 19),
+        "relu6": (11, 7),
+        "sigmoid": (10, 9),
+        "tanh": (19, 9),
+        "relu": (8, 7),
+        "leaky_relu": (9, 7.5),
+        "selu": (17, 13, 12),
     },
     ("triton", 32): {
         "mish": (24, 32),
@@ -57,14 +57,14 @@ BUDGETS = {
         "selu": (19, 21, 10),
     },
     ("cuda", 32): {
-        "mish": (24, 32),
-        "swish": (26, 32),
-        "relu6": (10, 7),
-        "sigmoid": (18, 7),
-        "tanh": (20, 7),
-        "relu": (8, 7),
-        "leaky_relu": (8, 7),
-        "selu": (19, 21, 10),
+        "mish": (27, 33),
+        "swish": (28, 34),
+        "relu6": (14.5, 11),
+        "sigmoid": (21, 10),
+        "tanh": (23, 10),
+        "relu": (12.5, 11),
+        "leaky_relu": (12.5, 11.5),
+        "selu": (22, 24, 13),
     },
 }
 
@@ -109,7 +109,7 @@ def compiled(backend, activation, direction, masked, dtype, capability) -> Kerne
     if backend == "triton":
         return machine_code.triton_kernel(activation, direction, masked, dtype, capability)
     found = extension_kernels(capability)
-    return machine_code.cuda_kernel(found, activation, direction, masked, dtype)
+    return machine_code.cuda_kernel(found, activation, direction, masked, dtype, capability)
 
 
 def skip_unless_counted(backend):
@@ -161,13 +161,13 @@ def directions(activation) -> dict[str, None]:
 @pytest.mark.parametrize("backend", BACKENDS)
 @all_kernels
 @all_dtypes
-def test_registers_leave_room_for_loads_in_flight(backend, activation, direction, masked, dtype):
-    """All loads are under way before the math begins, 32 bytes of each input, and none spills."""
+def test_registers_suffice_and_leave_room_for_other_warps(
+    backend, activation, direction, masked, dtype
+):
     skip_unless_counted(backend)
     for capability in CAPABILITIES[backend]:
         kernel = compiled(backend, activation, direction, masked, dtype, capability)
         assert kernel.registers <= 40
-        assert sum(kernel.loads_in_flight()) == 8 * 32 * inputs(direction, masked)
         assert kernel.spills() == 0
 
 
@@ -179,13 +179,17 @@ def inputs(direction, masked) -> int:
 @all_kernels
 @all_dtypes
 def test_accesses_are_as_wide_as_can_be(backend, activation, direction, masked, dtype):
-    """But for the mask. Triton has none of 32 bytes (its pull request 9868)."""
+    """But for the mask: one a thread and tensor in CUDA C++, two in Triton.
+
+    Triton has none of 32 bytes (its pull request 9868).
+    """
     for capability in CAPABILITIES[backend]:
         kernel = compiled(backend, activation, direction, masked, dtype, capability)
         width = 256 if backend == "cuda" and capability >= 100 else 128
+        of_thread = 1 if backend == "cuda" else 2
         loads, stores = kernel.accesses("LDG"), kernel.accesses("STG")
-        assert width * loads.count(width) == 8 * 32 * inputs(direction, masked)
-        assert width * stores.count(width) == 8 * 32
+        assert loads.count(width) == of_thread * inputs(direction, masked)
+        assert stores.count(width) == of_thread
         assert {*loads, *stores} - {width} == ({8} if masked else set())
 
 
@@ -253,10 +257,10 @@ def test_cuda_addresses_have_64_bits():
     found = machine_code.block_index_uses(machine_code.cuda_ptx(extension()))
     # Those with weights divide the block index first; host_weighted.cpp runs their arithmetic.
     found = {kernel: uses for kernel, uses in found.items() if "weighted" not in kernel}
-    # Five widths for each 16-bit dtype, four for fp32. What is mirrored has no 32-byte accesses of
-    # 16-bit elements; it has two kernels forward, one backward.
+    # Five widths for each 16-bit dtype, four for fp32. What is mirrored has no 32-byte accesses; it
+    # has two kernels forward, one backward.
     mirrored = sum("mirrored" in kernel for kernel in found)
-    assert mirrored == len(MIRRORED) * 3 * (4 + 4 + 4)
+    assert mirrored == len(MIRRORED) * 3 * (4 + 4 + 3)
     assert len(found) - mirrored == len(KERNELS) * (5 + 5 + 4)
     for kernel, uses in found.items():
         assert uses, kernel

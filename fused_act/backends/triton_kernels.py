@@ -35,18 +35,6 @@ def load(x_ptr, offsets, valid):
 
 
 @triton.jit
-def load_in_order(x_ptr, offsets, valid):
-    """Load as stored, before what comes after it.
-
-    ptxas sinks other loads to where they are used, but keeps the order of volatile ones.
-    """
-    if valid is None:
-        return tl.load(x_ptr + offsets, volatile=True)
-    else:
-        return tl.load(x_ptr + offsets, mask=valid, other=0.0, volatile=True)
-
-
-@triton.jit
 def store(y_ptr, offsets, y, valid):
     if valid is None:
         tl.store(y_ptr + offsets, y.to(y_ptr.dtype.element_ty))
@@ -131,16 +119,13 @@ def backward_tile(
     second = first + BLOCK_SIZE // 2
     first_valid = None if FULL else first < numel
     second_valid = None if FULL else second < numel
-    # No math can begin before the last load, and that one is needed first.
-    saved_second = load_in_order(saved_ptr + start, second, second_valid)
-    grad_second = load_in_order(grad_output_ptr + start, second, second_valid)
-    grad_first = load_in_order(grad_output_ptr + start, first, first_valid)
-    saved_first = load_in_order(saved_ptr + start, first, first_valid)
-    grad_first = grad_first.to(tl.float32)
-    grad_first *= DERIVATIVE(saved_first.to(tl.float32), *parameters, LOW)
+    grad_first = load(grad_output_ptr + start, first, first_valid)
+    saved_first = load(saved_ptr + start, first, first_valid)
+    grad_second = load(grad_output_ptr + start, second, second_valid)
+    saved_second = load(saved_ptr + start, second, second_valid)
+    grad_first *= DERIVATIVE(saved_first, *parameters, LOW)
     store(grad_input_ptr + start, first, grad_first, first_valid)
-    grad_second = grad_second.to(tl.float32)
-    grad_second *= DERIVATIVE(saved_second.to(tl.float32), *parameters, LOW)
+    grad_second *= DERIVATIVE(saved_second, *parameters, LOW)
     store(grad_input_ptr + start, second, grad_second, second_valid)
 
 

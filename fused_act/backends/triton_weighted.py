@@ -21,7 +21,6 @@ from fused_act.backends.triton_kernels import (
     NUM_WARPS,
     block_size,
     load,
-    load_in_order,
     store,
     with_layout_of,
 )
@@ -29,9 +28,9 @@ from fused_act.backends.triton_kernels import (
 # Of a tile whose columns have weights: one cache line. Wider ones have few rows to sum over.
 COLUMN_BYTES = 128
 
-# As many registers as leave room for 48 KiB of loads in an SM, 72 in backward.
 FORWARD_OPTIONS = {"num_warps": NUM_WARPS, "maxnreg": 40}
-BACKWARD_OPTIONS = {"num_warps": NUM_WARPS, "maxnreg": 56}
+# Tiles of backward are twice as large: so many elements share the cost of a sum.
+BACKWARD_OPTIONS = {"num_warps": NUM_WARPS, "maxnreg": 80}
 
 
 class Matrix(NamedTuple):
@@ -51,8 +50,9 @@ class Matrix(NamedTuple):
     tile_columns: int
 
     @classmethod
-    def of(cls, x: Tensor, weights: int) -> Matrix:
-        size = widest = block_size(x.dtype)
+    def of(cls, x: Tensor, weights: int, size: int) -> Matrix:
+        """Args: size: elements of a tile."""
+        widest = size
         columns, by_column = size, False  # of one weight, rows are as wide as a tile
         if weights > 1:
             columns = x.stride(1)
@@ -145,8 +145,8 @@ def backward_tile(
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Store the gradient of x; return the sums for the weights of the tile."""
-    grad_output = load_in_order(grad_output_ptr, offsets, valid).to(tl.float32)
-    x = load_in_order(x_ptr, offsets, valid).to(tl.float32)
+    grad_output = load(grad_output_ptr, offsets, valid)
+    x = load(x_ptr, offsets, valid)
     weight = load_weight(*weights_at, BY_COLUMN, BLOCK_M, BLOCK_K)
     store(grad_input_ptr, offsets, grad_output * DERIVATIVE(x, weight, LOW), valid)
     # What is not valid was loaded as 0, and a gradient of 0 adds nothing.
@@ -221,7 +221,7 @@ def implementations(row) -> dict:
         y = torch.empty_like(x)
         if x.numel() > 0:
             x = with_layout_of(y, x)
-            matrix = Matrix.of(x, weight.numel())
+            matrix = Matrix.of(x, weight.numel(), block_size(x.dtype))
             launch(forward_kernel, FORWARD_OPTIONS, matrix, x, weight, x, y, (forward_function,))
         return y
 
@@ -231,7 +231,7 @@ def implementations(row) -> dict:
         if x.numel() == 0:
             return grad_input, torch.zeros_like(weight)
         x, grad_output = with_layout_of(grad_input, x), with_layout_of(grad_input, grad_output)
-        matrix = Matrix.of(x, weight.numel())
+        matrix = Matrix.of(x, weight.numel(), 2 * block_size(x.dtype))
         row_blocks, column_blocks = matrix.blocks
         if matrix.by_column:
             partials = weight.new_empty(row_blocks, matrix.columns, 1)
