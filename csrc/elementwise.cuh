@@ -24,8 +24,8 @@ using Half = c10::Half;
 
 constexpr int kThreads = 256;
 
-// Blocks per SM that backward is compiled for: it then takes 33 to 40 registers a thread.
-constexpr int kBackwardBlocks = 6;
+// Threads per SM that backward is compiled for: it then takes up to 40 registers each.
+constexpr int kBackwardThreads = 1536;
 
 // What a block handles, in bytes of x: small, so that blocks begin and end all the time, and some
 // load while others store.
@@ -400,7 +400,8 @@ __global__ void __launch_bounds__(Shares<T, kWidth>::kThreads)
 }
 
 template <int kWidth, bool kMasked, typename Activation, typename T, typename Saved>
-__global__ void __launch_bounds__(Shares<T, kWidth>::kThreads, kBackwardBlocks)
+__global__ void __launch_bounds__(Shares<T, kWidth>::kThreads,
+                                  kBackwardThreads / Shares<T, kWidth>::kThreads)
     backward_kernel(Activation activation, const T* grad_output, const Saved* saved, T* grad_input,
                     int64_t numel) {
   backward_thread<kWidth, kMasked>(activation, grad_output, saved, grad_input, numel, blockIdx.x,

@@ -288,7 +288,7 @@ def test_offsets_beyond_32_bits(weighted_libraries):
         for weights, inner in ((1, 0), (2**12, 1024)):
             sizes = [ctypes.c_int64(size) for size in (2**60, weights, inner)]
             library.place_of(*sizes, block, 0, ctypes.byref(offset))
-            assert offset.value == block * 2048
+            assert offset.value == block * 4096
 
 
 @all_rows
@@ -514,9 +514,9 @@ REGISTERS = {
     "triton": {"forward": 40, "backward": 80},
     "cuda": {"forward": 64, "backward": 64},
 }
-# Accesses of a thread to spilled registers: an H200 takes longer without them, for fewer threads
-# or smaller tiles go with that.
-SPILLS = {("learnable_swish", "backward", True): 8}
+# Accesses of a thread to spilled registers in backward: by column learnable Swish has some, and an
+# H200 takes longer without them, for fewer threads or smaller tiles go with that.
+SPILLS = {("learnable_swish", True): 24}
 
 
 @functools.cache
@@ -543,7 +543,8 @@ def test_machine_code(backend, row, direction, by_column, dtype):
     # Triton takes seconds to compile one.
     for capability in CAPABILITIES[backend] if backend == "cuda" else (90,):
         kernel = compiled(backend, row, direction, by_column, dtype, capability)
-        assert kernel.spills() <= SPILLS.get((row.name, direction, by_column), 0)
+        spills = SPILLS.get((row.name, by_column), 4) if direction == "backward" else 0
+        assert kernel.spills() <= spills
         assert kernel.registers <= REGISTERS[backend][direction]
         loads, stores = kernel.accesses("LDG"), kernel.accesses("STG")
         inputs = 1 if direction == "forward" else 2
