@@ -2,9 +2,11 @@
 
     python -m benchmarks.plot_results [--results FOLDER]
 
-- speed_by_size.png and speed_by_dtype.png, from speed.csv: the speed of the public functions as a
-  share of that of a copy of the same bytes. Bands and whiskers reach from the 20 % to the 80 %
-  quantile of the time.
+- speed_by_size.png and speed_by_dtype.png, from speed.csv: the speed of the public functions, on a
+  GPU that of the kernels, as a share of that of a copy of the same bytes. Bands and whiskers reach
+  from the 20 % to the 80 % quantile of the time. What the host bounds is left out, see `quotable`.
+- small_tensors.png, from kernels_alone.csv: kernels without their launch, on small tensors.
+- networks.png, from networks.csv: time and memory of training steps.
 - memory.png, from memory.csv: what autograd saves for backward;
 - training.png, from memory.csv: bytes and time of `rematerialize` and of checkpoints.
 """
@@ -89,12 +91,28 @@ def tensor_bytes(row: dict) -> int:
     return numel(row) * DTYPES[row["dtype"]].itemsize
 
 
-def public(rows: list[dict]) -> list[dict]:
-    """The public functions of contiguous tensors, where they have a time."""
-    found = select(rows, api="public", launch="call", layout="contiguous")
-    found = [row for row in found if row["share_of_copy"]]
+def quotable(row: dict) -> bool:
+    """Whether a time of speed.csv is that of the device.
+
+    On a GPU the time between two events is the host's where that takes longer than the flush of the
+    L2 cache and the kernels: for kernels on 2^22 elements and fewer, and for public functions of
+    less than 0.6 ms, which is what the slowest took the host. A CUDA graph of few runs takes as
+    long as it needs to start.
+    """
+    if not row["median"] or not row["gpu"]:
+        return bool(row["median"])
+    if row["api"] == "kernel":
+        return row["launch"] == "call" and numel(row) > 2**22
+    return row["launch"] == "call" and float(row["median"]) >= 0.6
+
+
+def drawn(rows: list[dict]) -> list[dict]:
+    """What is drawn, of contiguous tensors: public functions, on a GPU kernels."""
+    api = "kernel" if rows and rows[0]["gpu"] else "public"
+    found = select(rows, api=api, launch="call", layout="contiguous")
+    found = [row for row in found if row["share_of_copy"] and quotable(row)]
     if not found:
-        raise NothingToDraw("it has no times of public functions")
+        raise NothingToDraw("it has no times to draw")
     return found
 
 
@@ -119,12 +137,20 @@ def new_figure(rows: list[dict], title: str, height: float) -> Figure:
     return figure
 
 
+def bare_figure(title: str, height: float) -> Figure:
+    """Likewise for files whose rows name no machine: the page beside them does."""
+    figure = Figure(figsize=(8, height), layout="constrained")
+    figure.suptitle(title, fontsize=10)
+    return figure
+
+
 def add_legend(figure: Figure) -> None:
     found = {}
     for axes in figure.axes:
         handles, labels = axes.get_legend_handles_labels()
         found |= zip(labels, handles)
-    labels = [label for label in (*STYLES, *METHODS) if label in found]
+    labels = [label for label in (*STYLES, *METHODS, *MODES) if label in found]
+    labels = list(dict.fromkeys(labels))
     handles = [found[label] for label in labels]
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
 
@@ -134,7 +160,8 @@ def draw_shares(
 ) -> Figure:
     """A panel for each activation and direction, which `draw` fills."""
     activations = distinct(rows, "activation")
-    title = f"Speed as a share of a copy of the same bytes: public functions, {subject}"
+    what = {"public": "public functions", "kernel": "kernels"}[rows[0]["api"]]
+    title = f"Speed as a share of a copy of the same bytes: {what}, {subject}"
     figure = new_figure(rows, title, 1.2 + 2.1 * len(activations))
     panels = figure.subplots(len(activations), 2, sharex=True, sharey="row", squeeze=False)
     for activation, line in zip(activations, panels):
@@ -184,7 +211,7 @@ def draw_bars(dtypes: dict[str, str], axes: Axes, rows: list[dict]) -> None:
 
 def speed_by_size(rows: list[dict]) -> Figure:
     """Of the dtype with the most sizes."""
-    rows = public(rows)
+    rows = drawn(rows)
     by_dtype = [select(rows, dtype=dtype) for dtype in distinct(rows, "dtype")]
     rows = max(by_dtype, key=lambda found: len(distinct(found, "numel")))
     if len(distinct(rows, "numel")) == 1:
@@ -194,7 +221,7 @@ def speed_by_size(rows: list[dict]) -> Figure:
 
 def speed_by_dtype(rows: list[dict]) -> Figure:
     """At the largest size that all dtypes have: of as many bytes, or else of as many elements."""
-    rows = public(rows)
+    rows = drawn(rows)
     by_dtype = [select(rows, dtype=dtype) for dtype in distinct(rows, "dtype")]
     for size in (tensor_bytes, numel):
         common = set.intersection(*({size(row) for row in found} for found in by_dtype))
@@ -276,7 +303,70 @@ def training(rows: list[dict]) -> Figure:
     return figure
 
 
+def small_tensors(rows: list[dict]) -> Figure:
+    rows = select(rows, section="small")
+    for row in rows:
+        row["op"], _, row["size"] = row["op"].partition(" 2^")
+    ops = distinct(rows, "op")
+    figure = bare_figure(
+        "Kernels alone on small bf16 tensors, L2 cache warm: 200 in a CUDA graph", 4.6
+    )
+    panels = figure.subplots(2, (len(ops) + 1) // 2, sharex=True, sharey=True, squeeze=False)
+    for op, axes in zip(ops, panels.flat):
+        for provider in known(rows):
+            found = select(rows, op=op, provider=provider)
+            x, y = (
+                [2 ** int(row["size"]) for row in found],
+                [1000 * float(row["ms"]) for row in found],
+            )
+            if found:
+                axes.plot(x, y, label=provider, **STYLES[provider])
+        name, _, direction = op.rpartition("_")
+        what = {"f": "forward", "b": "backward", "fm": "forward with mask"}[direction]
+        axes.set_title(f"{name} {what}")
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log", base=2)
+    for axes in panels.flat[len(ops) :]:
+        axes.remove()
+    for axes in panels[:, 0]:
+        axes.set_ylabel("µs")
+    for axes in panels.flat[len(ops) - panels.shape[1] : len(ops)]:
+        axes.set_xlabel("elements")
+        axes.tick_params(labelbottom=True)
+    add_legend(figure)
+    return figure
+
+
+MODES = {"torch": "#D55E00", "fused": "#000000", "fused remat": "#56B4E9"}
+
+
+def networks(rows: list[dict]) -> Figure:
+    """Time and memory of a training step, as shares of those with torch's own modules."""
+    nets = distinct(rows, "net")
+    figure = bare_figure("Training steps, eager, as shares of torch's", 1.2 + 0.6 * len(nets))
+    panels = figure.subplots(1, 2, sharey=True)
+    height = 0.8 / len(MODES)
+    for axes, column, what in zip(panels, ("ms", "step_gib"), ("time", "memory of a step")):
+        for index, (mode, color) in enumerate(MODES.items()):
+            found = select(rows, mode=mode)
+            base = {row["net"]: float(row[column]) for row in select(rows, mode="torch")}
+            positions = [nets.index(row["net"]) + (index - 1) * height for row in found]
+            shares = [100 * float(row[column]) / base[row["net"]] for row in found]
+            bars = axes.barh(positions, shares, height, color=color, label=mode)
+            axes.bar_label(bars, fmt="%.0f", padding=2, fontsize=7)
+        axes.set_xlabel(f"{what}, % of torch's")
+        axes.grid(axis="y", visible=False)
+        axes.margins(x=0.12)
+    labels = [f"{row['net']}, batch {row['batch']}" for row in select(rows, mode="torch")]
+    panels[0].set_yticks(range(len(nets)), labels)
+    panels[0].invert_yaxis()
+    add_legend(figure)
+    return figure
+
+
 PICTURES = {
+    "small_tensors.png": ("kernels_alone.csv", small_tensors),
+    "networks.png": ("networks.csv", networks),
     "speed_by_size.png": ("speed.csv", speed_by_size),
     "speed_by_dtype.png": ("speed.csv", speed_by_dtype),
     "memory.png": ("memory.csv", memory),

@@ -1,6 +1,6 @@
-"""The tables that the README shows, and where each comes from.
+"""The tables and figures of the README and of other pages, and where each comes from.
 
-python -m tests.readme    # writes them into the README anew
+python -m tests.readme    # writes them into the pages anew
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import statistics
 from pathlib import Path
 
 from fused_act.activations import ACTIVATIONS
-from tests import faults
+from tests import faults, measured
 from tests.accuracy import DERIVATIVE, FORWARD
 
 ROOT = Path(__file__).parent.parent
@@ -251,6 +251,9 @@ def training() -> str:
 
 
 TABLES = {
+    "summary": measured.summary,
+    "speed": measured.large,
+    "networks": measured.networks,
     "family": family,
     "training": training,
     "accuracy": errors,
@@ -263,19 +266,42 @@ TABLES = {
 }
 
 
+# All that is written, by page.
+PAGES = {
+    README: TABLES,
+    RESULTS / "nvidia-h200" / "README.md": {
+        "speed": measured.large,
+        "alternatives": measured.alternatives,
+        "small tensors": measured.small_tensors,
+        "weighted and mirrored": measured.weighted_and_mirrored,
+        "networks": measured.networks,
+        "host": measured.host,
+        "accuracy": measured.accuracy,
+    },
+    ROOT / "benchmarks" / "TUNING.md": {
+        "first variants": measured.first_variants,
+        "second variants": measured.second_variants,
+        "mirrored variants": measured.mirrored_variants,
+        "weighted variants": measured.weighted_variants,
+        "triton variants": measured.triton_variants,
+    },
+}
+
+
 def between(name: str, text: str) -> tuple[int, int]:
-    """Where the table `name` begins and ends in the README."""
+    """Where the table `name` begins and ends in a page."""
     begin = f"<!-- {name}: written by python -m tests.readme -->\n"
     return text.index(begin) + len(begin), text.index(f"<!-- end of {name} -->")
 
 
 def main() -> None:
-    text = README.read_text()
-    for name, table in TABLES.items():
-        start, end = between(name, text)
-        text = text[:start] + table() + "\n" + text[end:]
-    README.write_text(text)
-    print(f"wrote {', '.join(TABLES)} into {README.name}")
+    for page, tables in PAGES.items():
+        text = page.read_text()
+        for name, table in tables.items():
+            start, end = between(name, text)
+            text = text[:start] + table() + "\n" + text[end:]
+        page.write_text(text)
+        print(f"wrote {', '.join(tables)} into {page.relative_to(ROOT)}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The Python blocks of the README run as they stand, and its tables are those of their sources."""
+"""The Python blocks of the README run as they stand; figures are those of their sources."""
 
 import collections
 import re
@@ -34,14 +34,66 @@ def test_every_block_is_run():
     assert len(BLOCKS) == TEXT.count("```python")
 
 
-@pytest.mark.parametrize("name", readme.TABLES)
-def test_table_is_that_of_its_source(name):
+WRITTEN = [
+    pytest.param(page, name, id=f"{page.relative_to(readme.ROOT)}-{name}")
+    for page, tables in readme.PAGES.items()
+    for name in tables
+]
+
+
+@pytest.mark.parametrize(("page", "name"), WRITTEN)
+def test_table_is_that_of_its_source(page, name):
     pytest.importorskip("tabulate")
-    if name == "training":
+    if name == "training" or page != readme.README or name in ("summary", "speed"):
         for package in ("matplotlib", "sklearn"):
             pytest.importorskip(package, reason="needs the extra 'bench'")
-    start, end = readme.between(name, TEXT)
-    assert TEXT[start:end] == readme.TABLES[name]() + "\n"
+    text = page.read_text()
+    start, end = readme.between(name, text)
+    assert text[start:end] == readme.PAGES[page][name]() + "\n"
+
+
+# What is measured: a number with a unit, or a decimal that is no version.
+FIGURE = re.compile(
+    r"\d[\d,.]*\s*(?:%|[µmn]s\b|[KMGT]i?B\b|(?:ULP|instructions|times)\b)|(?<!≥ )(?<![\d.])\d+\.\d+"
+)
+
+
+def typed_in(text):
+    """The figures of a page outside code, links and what is written by tests/readme.py."""
+    for part in (
+        r"<!-- ([\w ]+): written by [^>]*-->.*?<!-- end of \1 -->",
+        r"```.*?```",
+        r"(?m:^    [^\n]*$)",
+        r"`[^`]*`",
+        r"\]\([^)]*\)",
+        r"\(8\.0, [^)]*PTX\)",  # architectures
+    ):
+        text = re.sub(part, "", text, flags=re.S)
+    return FIGURE.findall(text)
+
+
+def test_no_figure_is_typed_in():
+    assert not typed_in(TEXT)
+
+
+@pytest.mark.parametrize(
+    "figure", ["53 instructions", "0.54 of the time", "97 %", "222 µs", "9 GiB"]
+)
+def test_a_figure_that_is_typed_in_is_found(figure):
+    assert typed_in(f"{TEXT}\nOurs takes {figure}.\n")
+
+
+def test_what_must_not_be_quoted_is_not():
+    """Rows that the host or the start of a graph bounds are neither drawn nor written anywhere."""
+    plot_results = pytest.importorskip("benchmarks.plot_results")
+    measured = readme.rows("nvidia-h200/speed.csv")
+    drawn = plot_results.drawn(measured)
+    assert len(drawn) > 100
+    assert {(row["api"], row["launch"]) for row in drawn} == {("kernel", "call")}
+    assert min(map(plot_results.numel, drawn)) > 2**22
+    quoted = [row for row in measured if plot_results.quotable(row)]
+    assert {row["launch"] for row in quoted} == {"call"}
+    assert min(float(row["median"]) for row in quoted if row["api"] == "public") >= 0.6
 
 
 def test_use():
