@@ -13,7 +13,7 @@ start 16 special functions (MUFU). So an element may take
 
 instructions, an eighth of them MUFU: on an H200 31 for 4 bytes, 47 for 6. A kernel that takes fewer
 is predicted to run as fast as a copy of its bytes, one that takes more at budget / instructions of
-that. Latency is not in this: what hides it are the bytes in flight.
+that. Latency is not in this: other warps hide it.
 """
 
 from __future__ import annotations

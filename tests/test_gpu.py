@@ -165,8 +165,8 @@ def test_memory_stays_flat(case, backend):
     for _ in range(10_000):
         step()
     torch.cuda.synchronize()
-    # The engine may free a step's gradient, 16 KiB, when the step is over. A leak in each step would
-    # be of megabytes.
+    # The engine may free a step's gradient, 16 KiB, when the step is over. Of a leak in each step
+    # there would be megabytes.
     assert torch.cuda.memory_allocated() <= before + 2**16
     assert torch.cuda.max_memory_allocated() <= peak + 2**16
 

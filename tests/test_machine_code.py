@@ -238,6 +238,15 @@ def test_one_exponential_one_reciprocal(backend, activation, direction, dtype):
     assert {opcode for opcode in opcodes if "MUFU" in opcode} == {"MUFU.EX2", "MUFU.RCP"}
 
 
+def test_inline_ptx_is_what_has_no_other_name():
+    """An approximate instruction, a clamp that keeps NaN, and a mask's bit; none in the loops."""
+    csrc = MAKEFILE.parent / "csrc"
+    found = {path.name: path.read_text().count("asm") for path in csrc.iterdir()}
+    assert {name for name, count in found.items() if count} == {"math.cuh"}
+    ptx = re.findall(r'asm(?: volatile)?\("\{?(\S+)', (csrc / "math.cuh").read_text())
+    assert ptx == ["ex2.approx.ftz.f32", "rcp.approx.ftz.f32", "min.NaN.f32", "max.NaN.f32", ".reg"]
+
+
 WIDENING = re.compile(r"(mul|mad)\.wide\.[su]32|cvt\.[su]64\.[su]32")
 
 
