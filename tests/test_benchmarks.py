@@ -627,6 +627,66 @@ def test_picture_by_dtype(plots):
     assert bars == [(0, pytest.approx(50)), (1, pytest.approx(50)), (1, pytest.approx(25))]
 
 
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"api": "kernel", "numel": 2**27}, True),
+        ({"api": "kernel", "numel": 2**22}, False),
+        ({"api": "kernel", "numel": 2**27, "launch": "graph"}, False),
+        ({"api": "public", "numel": 2**30}, True),
+        ({"api": "public", "numel": 2**30, "median": 0.59}, False),
+        ({"api": "public", "numel": 2**30, "launch": "graph"}, False),
+        ({"api": "kernel", "numel": 2**27, "median": ""}, False),
+        ({"api": "public", "numel": 2**10, "gpu": "", "median": 0.01}, True),
+    ],
+)
+def test_what_the_host_bounds_is_not_quoted(plots, fields, expected):
+    row = speed_row("cuda", 2.0) | {"gpu": "H200"}
+    row |= {column: str(value) for column, value in fields.items()}
+    assert plots.quotable(row) is expected
+
+
+def test_picture_of_a_gpu_shows_kernels(plots):
+    gpu = {"gpu": "H200", "numel": 2**27}
+    rows = [
+        speed_row("cuda", 2.0, api="kernel", **gpu),
+        speed_row("aten", 4.0, api="kernel", **gpu),
+        speed_row("naive", 9.0, **gpu),
+    ]
+    figure = plots.speed_by_dtype(rows)
+    assert [bar.get_height() for bar in figure.axes[0].patches] == pytest.approx([50, 25])
+    assert ": kernels, large tensors\nH200, torch 2" in figure.get_suptitle()
+
+
+def test_picture_of_small_tensors(plots):
+    rows = [
+        {"section": "small", "op": f"{op} 2^{size}", "provider": provider, "ms": ms}
+        for op, size, provider, ms in (
+            ("mish_f", 10, "cuda", "0.001"),
+            ("mish_f", 12, "cuda", "0.002"),
+            ("mish_f", 12, "aten", "0.004"),
+            ("relu6_fm", 10, "cuda", "0.003"),
+        )
+    ]
+    rows.append({"section": "matrix", "op": "prelu_row_f", "provider": "cuda", "ms": "9"})
+    figure = plots.small_tensors(rows)
+    assert [axes.get_title() for axes in figure.axes] == ["mish forward", "relu6 forward with mask"]
+    cuda, aten = figure.axes[0].get_lines()
+    assert list(zip(cuda.get_xdata(), cuda.get_ydata())) == [(2**10, 1), (2**12, 2)]
+    assert list(zip(aten.get_xdata(), aten.get_ydata())) == [(2**12, 4)]
+
+
+def test_picture_of_networks(plots):
+    rows = [
+        {"net": "resnet", "batch": "8", "mode": mode, "ms": ms, "step_gib": gib}
+        for mode, ms, gib in (("torch", "2", "4"), ("fused", "3", "2"), ("fused remat", "4", "1"))
+    ]
+    time, memory = plots.networks(rows).axes
+    assert [bar.get_width() for bar in time.patches] == [100, 150, 200]
+    assert [bar.get_width() for bar in memory.patches] == [100, 50, 25]
+    assert [label.get_text() for label in time.get_yticklabels()] == ["resnet, batch 8"]
+
+
 def memory_row(provider, saved_bytes, inplace=False, case="alone", method="", ms=""):
     row = {"provider": provider, "activation": "relu6", "dtype": "bf16", "case": case}
     row |= {"inplace": inplace, "saved_bytes": saved_bytes, "method": method, "ms": ms}
