@@ -24,7 +24,8 @@ using Half = c10::Half;
 
 constexpr int kThreads = 256;
 
-// Threads per SM that backward is compiled for: it then takes up to 40 registers each.
+// Threads per SM that backward is compiled for, so that it takes up to 40 registers each. On an
+// H200 it is 0.6 % faster than with the 32 that nvcc takes of itself; why is not known.
 constexpr int kBackwardThreads = 1536;
 
 // What a block handles, in bytes of x: small, so that blocks begin and end all the time, and some
@@ -390,7 +391,7 @@ inline uintptr_t widest_access() {
   }();
   int device = 0;
   cudaGetDevice(&device);
-  return of_devices[device];
+  return device < static_cast<int>(of_devices.size()) ? of_devices[device] : 16;
 }
 
 template <int kWidth, bool kMasked, typename Activation, typename T>

@@ -12,8 +12,6 @@ namespace fused_act {
 // Of a tile whose columns have weights: one cache line. Wider ones have few rows to sum over.
 constexpr int kColumnBytes = 128;
 constexpr int kWarp = 32;
-// Of a thread and input: so many elements share the cost of weights, sums and places.
-constexpr int kBytesPerThread = 64;
 
 // A dense tensor as its memory has it: rows of `columns` elements, the last of which may be short.
 // Rows have the weights in turn, or columns have them (channels_last, or a batch of vectors).
@@ -28,10 +26,14 @@ struct WeightedMatrix {
   int64_t rows() const { return (numel + columns - 1) / columns; }
 };
 
-// A thread of a tile has kWidth elements beside each other in kRuns rows.
+// A thread of a tile has kWidth elements beside each other in kRuns rows. More elements share the
+// cost of weights, sums and places; narrow accesses would need too many registers for as many.
 template <typename T, int kWidth>
 struct Tile {
-  static constexpr int kRuns = kBytesPerThread / (kWidth * sizeof(T));
+  static constexpr bool kWide = kWidth * sizeof(T) == 16;
+  static constexpr int kRuns = (kWide ? 64 : 32) / (kWidth * sizeof(T));
+  // Blocks per SM that kernels are compiled for: 64 registers a thread, 128 with narrow accesses.
+  static constexpr int kBlocks = kWide ? 4 : 2;
 
   static int64_t row_blocks(const WeightedMatrix& matrix) {
     const int64_t rows = kRuns * (kThreads >> matrix.log_across);
@@ -292,19 +294,15 @@ __device__ __forceinline__ void sum_over_threads(float (&values)[kCount], int ac
   }
 }
 
-// Blocks per SM that the kernels are compiled for: 64 registers a thread. Swish backward in 16 bits
-// spills some where columns have the weights, and is faster so than with 80.
-constexpr int kWeightedBlocks = 4;
-
 template <int kWidth, bool kByColumn, template <typename> class Activation, typename T>
-__global__ void __launch_bounds__(kThreads, kWeightedBlocks)
+__global__ void __launch_bounds__(kThreads, (Tile<T, kWidth>::kBlocks))
     weighted_forward_kernel(const T* x, const float* weight, T* y, WeightedMatrix matrix) {
   weighted_forward_thread<kByColumn, Activation, kWidth>(x, weight, y, matrix, blockIdx.x,
                                                          threadIdx.x);
 }
 
 template <int kWidth, bool kByColumn, template <typename> class Activation, typename T>
-__global__ void __launch_bounds__(kThreads, kWeightedBlocks)
+__global__ void __launch_bounds__(kThreads, (Tile<T, kWidth>::kBlocks))
     weighted_backward_kernel(const T* grad_output, const T* x, const float* weight, T* grad_input,
                              float* sums, WeightedMatrix matrix) {
   const Place<T, kWidth> place(matrix, blockIdx.x, threadIdx.x);
