@@ -357,8 +357,7 @@ def networks(rows: list[dict]) -> Figure:
         axes.set_xlabel(f"{what}, % of torch's")
         axes.grid(axis="y", visible=False)
         axes.margins(x=0.12)
-    labels = [f"{row['net']}, batch {row['batch']}" for row in select(rows, mode="torch")]
-    panels[0].set_yticks(range(len(nets)), labels)
+    panels[0].set_yticks(range(len(nets)), nets)
     panels[0].invert_yaxis()
     add_legend(figure)
     return figure

@@ -13,6 +13,7 @@ from pathlib import Path
 
 H200 = Path(__file__).parent.parent / "benchmarks" / "results" / "nvidia-h200"
 BEFORE = H200 / "91e1619"
+COMMIT = "f6fece5"  # whose kernels speed.csv and kernels_alone.csv are of
 ACTIVATIONS = {"mish": "Mish", "swish": "Swish", "relu6": "ReLU6"}
 LARGE, LARGEST = 2**28, 2**31  # bytes of a tensor
 DIRECTIONS = ("forward", "backward")
@@ -61,11 +62,17 @@ def summary() -> str:
         for (_, _, direction, provider), row in kernels.items()
         if provider in ("cuda", "triton") and direction in DIRECTIONS
     ]
-    lost = {net: time for (net, mode), (time, _) in ratios.items() if mode == "fused" and time > 1}
+    lost = [net for (net, mode), (time, *_) in ratios.items() if mode == "fused" and time > 1]
+    medians, least = ([ratios[net, "fused"][i] for net in lost] for i in (0, 2))
     costs = json.loads((BEFORE / "overhead.json").read_text())
 
     def cost(provider: str) -> str:
-        return f"{costs[f'{provider} mish fwd+bwd']:.0f}"
+        """Times torch's, of all three activations."""
+        found = [
+            costs[f"{provider} {name} fwd+bwd"] / costs[f"torch {name} fwd+bwd"]
+            for name in ("mish", "silu", "relu6")
+        ]
+        return f"{min(found):.1f} to {max(found):.1f}"
 
     instructions = {
         (row["provider"], row["direction"]): row
@@ -74,33 +81,38 @@ def summary() -> str:
         if (row["activation"], row["dtype"], row["capability"]) == ("mish", "bfloat16", "90")
     }
 
-    def count(provider: str, direction: str) -> str:
-        return f"{float(instructions[provider, direction]['instructions_per_element']):.0f}"
+    def count(provider: str, column: str = "instructions_per_element") -> str:
+        counts = (instructions[provider, direction][column] for direction in DIRECTIONS)
+        return " and ".join(f"{float(each):.0f}" for each in counts)
 
     row = kernels["mish", "bf16", "forward", "cuda"]
     machine = f"{row['gpu']} (driver {row['driver']}, torch {row['torch']}, Triton {row['triton']}"
-    time, memory = ratios["mobilenet_v2 relu6", "fused"]
-    *names, last = (NETWORKS[net].removesuffix(", batch 128") for net in NETWORKS if net in lost)
+    time, memory, _ = ratios["mobilenet_v2 relu6", "fused"]
+    *names, last = (NETWORKS[net] for net in NETWORKS if net in lost)
     paragraphs = (
-        f"**Why.** Mish in PyTorch takes {count('aten', 'forward')} instructions for an element of "
-        f"a 16-bit tensor and {count('aten', 'backward')} backward, more than there is time for "
-        f"while memory moves it; ours takes {count('cuda', 'forward')} and "
-        f"{count('cuda', 'backward')}. ReLU6 in PyTorch saves its whole input for backward, even "
-        "in place; one bit an element is enough.",
-        f"**Measured** on one {machine}, {row['date'][:10]}), in tensors of {LARGE // 2**20} MiB: "
-        f"all three run at {percent(min(of_copy))} to {percent(max(of_copy))} % of the speed of a "
-        "copy of the same bytes, in Triton and in CUDA C++. 16-bit Mish takes "
-        f"{ratio('mish', 'forward')} of the time of ATen's forward and {ratio('mish', 'backward')} "
-        f"backward, Swish {ratio('swish', 'forward')} and {ratio('swish', 'backward')}, ReLU6 "
-        f"backward {ratio('relu6', 'backward')}. MobileNetV2 with ReLU6 trains in {time:.2f} of "
-        f"the time and {memory:.2f} of the memory.",
+        f"**Why.** Mish in PyTorch takes {count('aten')} instructions for an element of a 16-bit "
+        f"tensor, forward and backward; the memory of an H200 leaves time for "
+        f"{count('cuda', 'budget')}. Ours takes {count('cuda')}. ReLU6 in PyTorch saves its whole "
+        "input for backward, even in place; one bit an element is enough.",
+        f"**Measured** on one {machine}, {row['date'][:10]}, commit {COMMIT}), in tensors of "
+        f"{LARGE // 2**20} MiB: all three run at {percent(min(of_copy))} to "
+        f"{percent(max(of_copy))} % of the speed of a copy of the same bytes, in Triton and in "
+        f"CUDA C++. In bf16 Mish takes {ratio('mish', 'forward')} of the time of ATen's forward "
+        f"and {ratio('mish', 'backward')} backward, Swish {ratio('swish', 'forward')} and "
+        f"{ratio('swish', 'backward')}, ReLU6 backward {ratio('relu6', 'backward')}. Through "
+        f"autograd, in tensors of {LARGEST // 2**30} GiB, Mish reaches {public_shares('cuda')} % "
+        "of a copy forward and backward, what `torch.compile` makes of torch's own "
+        f"{public_shares('compile(aten)')} %, the formula as papers write it "
+        f"{public_shares('naive')} %. MobileNetV2 with ReLU6 and batches of 256 trains in "
+        f"{time:.2f} of the time and {memory:.2f} of the memory.",
         "**And lost.** A network that waits for the host trains slower than before: in "
-        f"{min(lost.values()):.2f} to {max(lost.values()):.2f} times torch's time "
-        f"({'; '.join(names)}; {last}). One call of ours, forward and backward, took the host "
-        f"{cost('cuda')} µs in CUDA C++ and {cost('triton')} µs in Triton, torch's "
-        f"{cost('torch')} µs, so small tensors gain nothing outside a CUDA graph. ReLU6 forward, "
-        f"which writes its bits too, takes {ratio('relu6', 'forward')} times ATen's time. Other "
-        "GPUs have not been measured: what is said of them is predicted.",
+        f"{min(medians):.2f} to {max(medians):.2f} times torch's time by the median step, "
+        f"{min(least):.2f} to {max(least):.2f} by the fastest ({'; '.join(names)}; {last}). A call "
+        f"with its backward costs the host {cost('cuda')} times what torch's own costs it, in "
+        f"Triton {cost('triton')} times, so small tensors take longer, unless a CUDA graph leaves "
+        "the host out. ReLU6 forward, which writes its bits too, takes "
+        f"{ratio('relu6', 'forward')} times ATen's time in bf16. Other GPUs have not been "
+        "measured: what is said of them is predicted.",
     )
     return "\n\n".join(textwrap.fill(each, 110, break_on_hyphens=False) for each in paragraphs)
 
@@ -128,20 +140,19 @@ def large() -> str:
     return table(("forward / backward", *KERNELS, "time, CUDA C++ to ATen"), lines)
 
 
+def public_shares(provider: str, activation: str = "mish", between: str = " and ") -> str:
+    """Of the largest bf16 tensors: a copy's time as a share, forward and backward, in percent."""
+    found = speed("public", LARGEST)
+    rows = (found[activation, "bf16", direction, provider] for direction in DIRECTIONS)
+    return between.join(percent(float(row["share_of_copy"])) for row in rows)
+
+
 def alternatives() -> str:
     """All that a user could pick, through autograd, in time beside a copy of the same bytes."""
-    found = speed("public", LARGEST)
     providers = ("triton", "cuda", "compile(fused_act)", "aten", "compile(aten)", "naive")
 
-    def cell(activation: str, provider: str) -> str:
-        shares = (
-            found[activation, "bf16", direction, provider]["share_of_copy"]
-            for direction in DIRECTIONS
-        )
-        return " / ".join(percent(float(share)) for share in shares)
-
     lines = [
-        (name, *(cell(activation, by) for by in providers))
+        (name, *(public_shares(by, activation, " / ") for by in providers))
         for activation, name in ACTIVATIONS.items()
     ]
     return table(("forward / backward", *providers), lines)
@@ -157,13 +168,14 @@ NETWORKS = {
 }
 
 
-def network_ratios() -> dict[tuple[str, str], tuple[float, float]]:
-    """Time and memory beside torch's in the same file, of the newer file that has them."""
+def network_ratios() -> dict[tuple[str, str], tuple[float, float, float]]:
+    """Median time, memory and least time beside torch's in one file, the newer that has them."""
     found = {}
     for path in (BEFORE / "networks.csv", H200 / "networks.csv"):
         base = {}
         for row in read(path):
-            numbers = float(row["ms"]), float(row.get("step_gb") or row["step_gib"])
+            memory = row.get("step_gb") or row["step_gib"]
+            numbers = float(row["ms"]), float(memory), float(row["min"])
             mode = row["mode"].replace(" notinplace+remat", " remat")
             if mode == "torch":
                 base[row["net"]] = numbers
@@ -180,11 +192,18 @@ def networks() -> str:
     found = network_ratios()
 
     def cell(net: str, mode: str) -> str:
-        return "{:.2f}, {:.2f}".format(*found[net, mode]) if (net, mode) in found else ""
+        return (
+            "{0:.2f} ({2:.2f}), {1:.2f}".format(*found[net, mode]) if (net, mode) in found else ""
+        )
 
     modes = ("fused", "fused remat", "fused remat norm")
     lines = [(title, *(cell(net, mode) for mode in modes)) for net, title in NETWORKS.items()]
-    header = "time, memory", "`replace_activations`", "+ `rematerialize()`", "… `(norm=True)`"
+    header = (
+        "time (least), memory",
+        "`replace_activations`",
+        "+ `rematerialize()`",
+        "… `(norm=True)`",
+    )
     return table(header, lines)
 
 
@@ -287,30 +306,42 @@ def accuracy() -> str:
     return table(("forward / derivative", *providers), lines)
 
 
-def variants(paths: list[str], names: dict[str, str], ops: dict[str, str]) -> str:
-    """GB/s of each variant of the kernels, in each run that has it.
+def variants(
+    paths: list[str], names: dict[str, str], ops: dict[str, str], relative: bool = True
+) -> str:
+    """The speed of each variant of the kernels, in each run that has it.
 
     Args:
         paths: a file for each run.
         names: what the files call a variant, or `cuda_3:base` for that of one run, and the title.
         ops: title, and op and dtype.
+        relative: in % of torch's copy, or addition, in the same run; else in GB/s.
     """
     rows = {}
     for path in paths:
-        for row in read(H200 / path):
+        found = read(H200 / path)
+        copies = {
+            (row["op"], row["dtype"]): float(row["gbps"])
+            for row in found
+            if row["variant"] == "COPY"
+        }
+        for row in found:
+            kernel = row["op"], row["dtype"]
+            scale = 100 / copies[kernel] if relative else 1.0
             for name in (row["variant"], f"{Path(path).stem}:{row['variant']}"):
-                rows.setdefault((name, row["op"], row["dtype"]), []).append(float(row["gbps"]))
+                rows.setdefault((name, *kernel), []).append(scale * float(row["gbps"]))
+    digits = ".1f" if relative else ",.0f"
     lines = [
         (
             title,
             *(
-                ", ".join(f"{gbps:,.0f}" for gbps in rows.get((name, *op.split()), []))
+                ", ".join(f"{each:{digits}}" for each in rows.get((name, *op.split()), []))
                 for op in ops.values()
             ),
         )
         for name, title in names.items()
     ]
-    return table(("GB/s", *ops), lines)
+    return table(("% of a copy" if relative else "GB/s", *ops), lines)
 
 
 ELEMENTWISE = {
@@ -348,28 +379,27 @@ def first_variants() -> str:
         "tma8192_s1": "bulk copies in and out, tiles of 8 KiB",
         "ATEN": "ATen",
     }
-    return variants(["91e1619/cuda_variants.csv"], names, ELEMENTWISE)
+    return variants(["91e1619/cuda_variants.csv"], names, ELEMENTWISE, relative=False)
 
 
 def second_variants() -> str:
     """Those around 256 threads x 16 bytes, in up to three runs."""
     first = {
-        "old": "as 91e1619 had it",
+        "old": "version 1",
         "b32": "two accesses a thread",
         "t128": "128 threads",
         "t512": "512 threads",
         "w32_t128": "128 threads, two accesses each",
         "cuda_1:base": "256 threads x 16 bytes",
-        "blocks8": "… compiled for 8 blocks an SM (32 registers)",
-        "blocks7": "… for 7",
-        "blocks6": "… for 6 (33 to 40 registers)",
-        "cuda_3:base": "… for 6 backward, which is what there is now",
-        "blocks5": "… for 5 backward",
-        "blocks4": "… for 4 backward",
-        "smem7": "… and shared memory leaves room for 7",
-        "smem6": "… for 6",
-        "smem5": "… for 5",
-        "COPY": "torch's copy, or addition",
+        "blocks8": "compiled for 8 blocks an SM",
+        "blocks7": "compiled for 7 backward",
+        "blocks6": "compiled for 6",
+        "cuda_3:base": "compiled for 6 backward: version 2",
+        "blocks5": "compiled for 5 backward",
+        "blocks4": "compiled for 4 backward",
+        "smem7": "limited to 7 blocks an SM by shared memory",
+        "smem6": "limited to 6 by shared memory",
+        "smem5": "limited to 5 by shared memory",
     }
     paths = [f"variants/cuda_{run}.csv" for run in (1, 2, 3)]
     return variants(paths, first, ELEMENTWISE)
@@ -384,20 +414,20 @@ def triton_variants() -> str:
         "backward ": "swish_b bfloat16",
     }
     names = {
-        "base": "4 warps x 32 bytes, 40 registers",
+        "triton_variants:base": "version 1: 4 warps x 32 bytes, 40 registers",
+        "r32": "version 1, 32 registers",
+        "r64": "version 1, 64 registers",
+        "b64": "version 1, 64 bytes a thread, 64 registers",
         "plain": "plain loads",
-        "r32": "32 registers",
+        "triton_1:base": "plain loads, version 2",
         "plain_r48": "plain loads, 48 registers",
-        "r48": "48 registers",
+        "r48": "version 2, 48 registers",
         "plain_r64": "plain loads, 64 registers",
         "plain_none": "plain loads, no ceiling",
-        "none": "no ceiling",
-        "w2": "2 warps",
-        "w8": "8 warps",
-        "b16_w8": "8 warps x 16 bytes",
-        "w8_b16": "8 warps x 16 bytes, plain loads",
-        "b64": "64 bytes a thread",
-        "COPY": "torch's copy, or addition",
+        "none": "version 2, no ceiling",
+        "triton_1:w2": "version 2, 2 warps",
+        "triton_1:w8": "version 2, 8 warps",
+        "w8_b16": "version 2, 8 warps x 16 bytes",
     }
     return variants(["91e1619/triton_variants.csv", "variants/triton_1.csv"], names, ops)
 
@@ -413,19 +443,18 @@ WEIGHTED = {
 def weighted_variants() -> str:
     """CUDA C++: bytes of a thread and blocks an SM that a kernel is compiled for."""
     names = {
-        "old": "32 bytes, 3 blocks backward (80 registers)",
+        "old": "32 bytes, 3 (80 registers): version 1",
         "weighted_b16": "16 bytes, 3",
         "weighted_b32_2": "32 bytes, 2",
         "weighted_b32_4": "32 bytes, 4",
         "weighted_b64": "64 bytes, 3",
         "weighted_b64_2": "64 bytes, 2",
         "weighted_b64_4": "64 bytes, 4 (64 registers)",
-        "weighted_f4": "64 bytes, 4, forward too",
+        "weighted_f4": "64 bytes, 4, forward too: version 2",
         "weighted_f5": "64 bytes, 5, forward too",
         "weighted_b128_2": "128 bytes, 2",
         "weighted_t128_b64": "128 threads x 64 bytes, 6",
         "ATEN": "ATen",
-        "COPY": "torch's copy, or addition",
     }
     paths = [f"variants/cuda_{run}.csv" for run in (1, 2, 3)]
     return variants(paths, names, WEIGHTED)
@@ -435,12 +464,11 @@ def mirrored_variants() -> str:
     names = {
         "old": "runs of 8 elements, two of 16 bits a thread",
         "mirrored_b16": "one run of 8 elements a thread",
-        "cuda_3:base": "one access of 16 bytes of x a thread",
-        "COPY": "torch's copy",
+        "cuda_2:base": "one access of 16 bytes of x a thread",
     }
     ops = {
         f"{title} {dtype}": f"crelu_{direction} {long}"
         for dtype, long in (("bf16", "bfloat16"), ("fp32", "float32"))
         for direction, title in (("f", "inference"), ("fm", "forward"), ("bm", "backward"))
     }
-    return variants([f"variants/cuda_{run}.csv" for run in (1, 3)], names, ops)
+    return variants([f"variants/cuda_{run}.csv" for run in (1, 2)], names, ops)

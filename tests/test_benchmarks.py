@@ -678,13 +678,13 @@ def test_picture_of_small_tensors(plots):
 
 def test_picture_of_networks(plots):
     rows = [
-        {"net": "resnet", "batch": "8", "mode": mode, "ms": ms, "step_gib": gib}
+        {"net": "resnet", "mode": mode, "ms": ms, "step_gib": gib}
         for mode, ms, gib in (("torch", "2", "4"), ("fused", "3", "2"), ("fused remat", "4", "1"))
     ]
     time, memory = plots.networks(rows).axes
     assert [bar.get_width() for bar in time.patches] == [100, 150, 200]
     assert [bar.get_width() for bar in memory.patches] == [100, 50, 25]
-    assert [label.get_text() for label in time.get_yticklabels()] == ["resnet, batch 8"]
+    assert [label.get_text() for label in time.get_yticklabels()] == ["resnet"]
 
 
 def memory_row(provider, saved_bytes, inplace=False, case="alone", method="", ms=""):

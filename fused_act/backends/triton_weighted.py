@@ -51,7 +51,7 @@ class Matrix(NamedTuple):
 
     @classmethod
     def of(cls, x: Tensor, weights: int, size: int) -> Matrix:
-        """Args: size: elements of a tile."""
+        """The matrix of a dense `x`, cut into tiles of `size` elements."""
         widest = size
         columns, by_column = size, False  # of one weight, rows are as wide as a tile
         if weights > 1:
