@@ -42,7 +42,7 @@ from benchmarks import environment, networks, providers, timing
 from benchmarks.providers import DEVICE, DTYPES, Provider
 from fused_act.activation import Activation
 from fused_act.backends.triton import INTERPRET
-from fused_act.rematerialization import Kept, peek
+from fused_act.rematerialization import Kept
 
 CHANNELS = 32
 ON_GPU = DEVICE.type == "cuda"
@@ -191,13 +191,16 @@ def saved_by(output: Tensor, not_counted: set[int]) -> dict[str, int]:
 
 def kept_by(node: Node) -> Iterator[Tensor]:
     """The tensors that a node keeps; not those that are computed again."""
-    names = [name.removeprefix("_raw") for name in dir(node) if name.startswith("_raw_saved_")]
+    names = [name for name in dir(node) if name.startswith("_raw_saved_")]
     if hasattr(node, "saved_tensors"):  # of a torch.autograd.Function
-        names = ["saved_tensors"]
+        names = ["_raw_saved_tensors"]
     for name in names:
-        if getattr(node, f"_raw{name}", ()) is not None:
-            packed = peek(lambda name=name: getattr(node, name))
-            yield from (each.tensor for each in packed if isinstance(each, Kept))
+        saved = getattr(node, name)
+        for each in saved if isinstance(saved, tuple) else (saved,):
+            # Without hooks the tensor itself, or None.
+            tensor = each.data.tensor if isinstance(each.data, Kept) else each.data
+            if isinstance(tensor, Tensor):
+                yield tensor
 
 
 def activation_numel(case: Case) -> int:
