@@ -29,7 +29,8 @@ KINDS = ("forward", "derivative")
 def few_blocks(monkeypatch):
     """The interpreter takes its time for a block, whatever its size: let it take 2^20 elements."""
     if INTERPRET:
-        from fused_act.backends import triton_kernels
+        # The others, too, or one that is first imported meanwhile would keep such blocks.
+        from fused_act.backends import triton_kernels, triton_mirrored, triton_weighted  # noqa: F401
 
         monkeypatch.setattr(triton_kernels, "block_size", lambda dtype: 2**20)
 
