@@ -298,10 +298,11 @@ def compile_triton_weighted(
 
     shape = (64, 128, 1, 1) if by_column else (64, 64, 64, 64)
     x = torch.empty(shape, dtype=dtype, device="meta")
-    size = triton_weighted.block_size(dtype) * (1 if direction == "forward" else 2)
-    matrix = triton_weighted.Matrix.of(x, x.size(1), size)
+    forward = direction == "forward"
+    size = triton_weighted.block_size if forward else triton_weighted.backward_block_size
+    matrix = triton_weighted.Matrix.of(x, x.size(1), size(dtype))
     kernel = getattr(triton_weighted, f"{direction}_kernel")
-    functions = ("forward",) if direction == "forward" else ("derivative", "weight_gradient")
+    functions = ("forward",) if forward else ("derivative", "weight_gradient")
     constants = {
         function.upper(): getattr(triton_activations, f"{activation.name}_{function}")
         for function in functions

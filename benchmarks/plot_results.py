@@ -132,13 +132,11 @@ def new_figure(rows: list[dict], title: str, height: float) -> Figure:
     """An empty figure that says what it shows and where the numbers come from."""
     row = rows[0]
     where = row["gpu"] or f"NO GPU: {row['cpu']}"
-    figure = Figure(figsize=(8, height), layout="constrained")
-    figure.suptitle(f"{title}\n{where}, torch {row['torch']}, commit {row['commit']}", fontsize=10)
-    return figure
+    return bare_figure(f"{title}\n{where}, torch {row['torch']}, commit {row['commit']}", height)
 
 
 def bare_figure(title: str, height: float) -> Figure:
-    """Likewise for files whose rows name no machine: the page beside them does."""
+    """An empty figure. Where rows name no machine, the page beside the picture does."""
     figure = Figure(figsize=(8, height), layout="constrained")
     figure.suptitle(title, fontsize=10)
     return figure

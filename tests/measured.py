@@ -236,6 +236,10 @@ def small() -> dict[tuple[str, int], dict[str, float]]:
     return found
 
 
+# Forward writes a mask, in training.
+MASKED = {("relu6", "triton"), ("relu6", "cuda")}
+
+
 def small_tensors() -> str:
     """Kernels alone, 200 in a CUDA graph."""
     found = small()
@@ -252,7 +256,6 @@ def small_tensors() -> str:
     return table(("µs, forward / backward", *(f"2^{size}" for size in sizes)), lines)
 
 
-MASKED = {("relu6", "triton"), ("relu6", "cuda")}
 MATRIX = {"prelu": "PReLU", "learnable_swish": "Swish, learnable", "crelu": "CReLU"}
 
 

@@ -1237,6 +1237,14 @@ MUTATIONS = [
         plain("test_weighted.py -k 'functors and exact and float32'"),
     ),
     Mutation(
+        "cuda-narrow-as-many-elements",
+        "threads with narrow accesses have as many weights and sums as elements of wide ones",
+        "csrc/weighted.cuh",
+        "kRuns = (kWide ? 64 : 32) /",
+        "kRuns = 64 /",
+        built("test_weighted.py -k narrow_accesses"),
+    ),
+    Mutation(
         "weight-of-another-row",
         "rows take the weight of the tile's first",
         "csrc/weighted.cuh",

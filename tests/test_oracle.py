@@ -132,3 +132,17 @@ def test_oracle_is_right(case, kind):
         cancels = kind == "derivative" and abs(expected) < 0.01
         scale = 1 if cancels and abs(at) < 2 else abs(expected)
         assert abs(value - expected) <= max(scale * mpmath.mpf(2) ** -45, smallest / 2**20)
+
+
+def test_an_infinity_beside_the_largest_number_is_an_ulp_off():
+    """And right where the exact value rounds to it, as wrong as it is where it is far away."""
+    largest = torch.finfo(torch.float32).max
+    step = 2.0**104
+    exact = torch.tensor([largest, largest + step, 2.0**120, -largest], dtype=torch.float64)
+    result = torch.tensor([float("inf")] * 3 + [float("-inf")])
+    assert oracle.ulp_error(result, exact, torch.float32).tolist() == [
+        1.0,
+        0.0,
+        (2.0**128 - 2.0**120) / 2.0**97,
+        1.0,
+    ]

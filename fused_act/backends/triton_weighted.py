@@ -29,8 +29,12 @@ from fused_act.backends.triton_kernels import (
 COLUMN_BYTES = 128
 
 FORWARD_OPTIONS = {"num_warps": NUM_WARPS, "maxnreg": 40}
-# Tiles of backward are twice as large: so many elements share the cost of a sum.
 BACKWARD_OPTIONS = {"num_warps": NUM_WARPS, "maxnreg": 80}
+
+
+def backward_block_size(dtype: torch.dtype) -> int:
+    """Elements of a tile of backward, more than of forward, since they share the cost of a sum."""
+    return 2 * block_size(dtype)
 
 
 class Matrix(NamedTuple):
@@ -231,7 +235,7 @@ def implementations(row) -> dict:
         if x.numel() == 0:
             return grad_input, torch.zeros_like(weight)
         x, grad_output = with_layout_of(grad_input, x), with_layout_of(grad_input, grad_output)
-        matrix = Matrix.of(x, weight.numel(), 2 * block_size(x.dtype))
+        matrix = Matrix.of(x, weight.numel(), backward_block_size(x.dtype))
         row_blocks, column_blocks = matrix.blocks
         if matrix.by_column:
             partials = weight.new_empty(row_blocks, matrix.columns, 1)
