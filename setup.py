@@ -129,8 +129,8 @@ if builds_cuda():
     extensions = [
         Extension(
             "fused_act._C",
-            sources=["csrc/ops.cu"],
-            depends=[str(path) for path in sorted(Path("csrc").glob("*.cuh"))],
+            sources=["csrc/register.cu"],
+            depends=[str(path) for path in sorted(Path("csrc").glob("*.*h"))],
             py_limited_api=True,
         )
     ]

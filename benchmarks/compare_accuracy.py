@@ -33,8 +33,8 @@ from torch import Tensor
 from benchmarks import environment, oracle, providers
 from benchmarks.compare_speed import size
 from benchmarks.providers import DEVICE, DTYPES, Provider
-from fused_act.activation import Activation
 from fused_act.backends.triton import INTERPRET
+from fused_act.families.elementwise import Elementwise
 
 KINDS = ("forward", "derivative")
 ROOT = (-1.7, -0.8)  # the derivatives of mish and of swish have their zeros in the middle
@@ -119,7 +119,7 @@ class Errors:
 
 
 def measure(
-    compared: list[Provider], activation: Activation, dtype: str, mantissas: int
+    compared: list[Provider], activation: Elementwise, dtype: str, mantissas: int
 ) -> Iterator[dict]:
     """One row for each provider, kind and region."""
     # fp32, which is what kernels and torch take parameters for.

@@ -34,10 +34,9 @@ import torch
 from benchmarks import environment, machine_code
 from benchmarks.machine_code import Kernel, Unavailable
 from fused_act import __version__
-from fused_act.activation import Activation
 from fused_act.backends.cuda import REBUILD, extension
-from fused_act.mirrored import MirroredActivation
-from fused_act.weighted import WeightedActivation
+from fused_act.families.base import Row
+from fused_act.families.elementwise import Elementwise
 
 
 class GPU(NamedTuple):
@@ -73,7 +72,7 @@ def warps_per_sm(kernel: Kernel, gpu: GPU) -> int:
 
 
 class Case(NamedTuple):
-    activation: Activation
+    activation: Elementwise
     direction: str
     masked: bool
     dtype: torch.dtype
@@ -93,14 +92,14 @@ class Case(NamedTuple):
 class MatrixCase(NamedTuple):
     """A kernel of an activation with a weight, one for each row of 16 n elements, or mirrored."""
 
-    activation: WeightedActivation | MirroredActivation
+    activation: Row
     direction: str
     masked: bool
     dtype: torch.dtype
 
     @property
     def is_mirrored(self) -> bool:
-        return isinstance(self.activation, MirroredActivation)
+        return self.activation.family == "mirrored"
 
     @property
     def inputs(self) -> int:

@@ -40,8 +40,8 @@ from torch.utils.checkpoint import checkpoint
 import fused_act
 from benchmarks import environment, networks, providers, timing
 from benchmarks.providers import DEVICE, DTYPES, Provider
-from fused_act.activation import Activation
 from fused_act.backends.triton import INTERPRET
+from fused_act.families.elementwise import Elementwise
 from fused_act.rematerialization import Kept
 
 CHANNELS = 32
@@ -123,7 +123,7 @@ class Contender:
     inplace: bool
     method: str
 
-    def can(self, activation: Activation, case: Case, compile_networks: bool) -> bool:
+    def can(self, activation: Elementwise, case: Case, compile_networks: bool) -> bool:
         if self.provider.function(activation, self.inplace) is None:
             return False
         if self.provider.compiles:
@@ -219,7 +219,7 @@ class Run:
     """A contender in a case, ready to run."""
 
     def __init__(
-        self, contender: Contender, activation: Activation, dtype: torch.dtype, case: Case
+        self, contender: Contender, activation: Elementwise, dtype: torch.dtype, case: Case
     ):
         self.contender, self.case = contender, case
         provider = contender.provider
@@ -266,7 +266,7 @@ class Run:
 
 
 def rows_of(
-    activation: Activation, dtype: str, name: str, contenders: list[Contender]
+    activation: Elementwise, dtype: str, name: str, contenders: list[Contender]
 ) -> list[dict]:
     """The rows of one case: bytes for each element that an activation computes, and times."""
     case = CASES[name]

@@ -30,9 +30,9 @@ from torch import Tensor, nn
 import fused_act
 from benchmarks import environment, timing
 from benchmarks.providers import FEATURED
-from fused_act import backends
-from fused_act.activation import Activation
-from fused_act.backends import Backend, Kernels
+from fused_act import dispatch
+from fused_act.dispatch import Backend, Kernels
+from fused_act.families.elementwise import Elementwise
 
 NUMEL = 16
 SECONDS = 0.002  # of one turn
@@ -47,7 +47,7 @@ PUBLIC = (
 )
 
 
-def stub_kernels(activation: Activation) -> Kernels:
+def stub_kernels(activation: Elementwise) -> Kernels:
     def forward(x, *parameters):
         return torch.empty_like(x)
 
@@ -62,12 +62,12 @@ def stub_kernels(activation: Activation) -> Kernels:
 def forced_stub() -> Iterator[dict[str, Kernels]]:
     """Force the stub for as long as this is entered; gives its kernels."""
     kernels = {activation.name: stub_kernels(activation) for activation in FEATURED}
-    previous = backends.forced
-    backends.forced = Backend("stub", lambda: None, lambda: kernels, ("cpu",)).ready()
+    previous = dispatch.forced
+    dispatch.forced = Backend("stub", lambda: None, lambda: kernels, ("cpu",)).ready()
     try:
         yield kernels
     finally:
-        backends.forced = previous
+        dispatch.forced = previous
 
 
 def shortest_function(kernels: Kernels) -> Callable[[Tensor], object]:

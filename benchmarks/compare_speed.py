@@ -46,8 +46,8 @@ from torch import Tensor
 
 from benchmarks import environment, providers, timing
 from benchmarks.providers import DEVICE, DTYPES, FALLBACK, PROVIDERS, Provider
-from fused_act.activation import Activation
-from fused_act.backends import Kernels
+from fused_act.dispatch import Kernels
+from fused_act.families.elementwise import Elementwise
 
 BYTES = """\
 Bytes an element, of `s` bytes, that have to be moved:
@@ -84,7 +84,7 @@ LAYOUTS = {
 class Case:
     """What everyone who is compared computes."""
 
-    activation: Activation
+    activation: Elementwise
     dtype: str
     size: int
     layout: str

@@ -35,7 +35,7 @@ from benchmarks.environment import default_device, device_name
 from benchmarks.networks import digits_network
 from benchmarks.providers import NAIVE
 from benchmarks.training import BATCH_SIZE, Digits, Training, saved_megabytes
-from fused_act import backends
+from fused_act import dispatch
 from fused_act.backends.triton import INTERPRET
 
 TIMED = {"cpu": (2**20, torch.float32), "cuda": (2**26, torch.bfloat16)}
@@ -371,7 +371,7 @@ def missing_kernels(device: torch.device, has_compiled: bool) -> list[str]:
     if device.type == "cpu":
         what_ran = "torch's own op and the compiled formula" if has_compiled else "torch's own op"
         return [f"No CUDA GPU: the Triton and CUDA kernels did not run; what ran is {what_ran}."]
-    reasons = {name: backends.get(name).unavailable() for name in backends.NAMES}
+    reasons = {name: each.unavailable() for name, each in dispatch.BACKENDS.items()}
     return [f"No {name} kernel ran: {reason}." for name, reason in reasons.items() if reason]
 
 

@@ -21,10 +21,11 @@ from typing import NamedTuple
 
 import torch
 
-from fused_act.activation import Activation
-from fused_act.activations import ACTIVATIONS, MIRRORED, WEIGHTED
-from fused_act.mirrored import MirroredActivation
-from fused_act.weighted import WeightedActivation
+from fused_act.activations import FAMILIES
+from fused_act.families.base import Row
+from fused_act.families.elementwise import Elementwise
+from fused_act.families.mirrored import Mirrored
+from fused_act.families.weighted import Weighted
 
 TRITON_TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
 CUDA_TYPES = {torch.float16: "c10::Half", torch.bfloat16: "c10::BFloat16", torch.float32: "float"}
@@ -41,11 +42,7 @@ ATEN_KERNELS = {
     "selu": ("elu_kernel", "elu_backward_kernel"),
 }
 
-# The C++ structs of the activations with a weight.
-WEIGHTED_STRUCTS = {"prelu": "PReLU", "learnable_swish": "Swish"}
-
-# Threads of a block: as kThreads and kTileBytes of csrc/elementwise.cuh and num_threads() of ATen
-# say.
+# Threads of a block: as kThreads and kTileBytes of csrc/ and num_threads() of ATen say.
 CUDA_THREADS, CUDA_TILE, ATEN_THREADS = 256, 4096, 128
 
 # Bits: an access of fewer moves one element, or a few bytes of a mask.
@@ -220,7 +217,7 @@ def demangle(names: Iterable[str]) -> list[str]:
 
 
 def compile_triton(
-    activation: Activation, direction: str, masked: bool, dtype: torch.dtype, capability: int
+    activation: Elementwise, direction: str, masked: bool, dtype: torch.dtype, capability: int
 ):
     """Compile a Triton kernel of an elementwise activation, as `compile_ahead` does.
 
@@ -229,33 +226,33 @@ def compile_triton(
         masked: forward writes a mask, backward reads one.
         capability: 90 for sm_90.
     """
-    from fused_act.backends import triton_activations, triton_kernels
-
-    def math(function: str):
-        return getattr(triton_activations, f"{activation.name}_{function}", None)
+    from fused_act.backends.triton import elementwise
+    from fused_act.backends.triton.activations import functions_of
 
     element = f"*{TRITON_TYPES[dtype]}"
     common = {"numel": "i64", "parameters": ("fp32",) * len(activation.parameters)}
     if direction == "forward":
-        kernel = triton_kernels.forward_kernel
+        kernel = elementwise.forward_kernel
         signature = {"x_ptr": element, "y_ptr": element}
         signature |= {"mask_ptr": "*u8" if masked else "constexpr"} | common
-        constants = {"FORWARD": math("forward"), "PASSES": math("passes")}
+        # As a launch without a mask, which passes what a launch with one needs.
+        passes = "passes" if activation.saves == "mask" else None
+        constants = dict(zip(("FORWARD", "PASSES"), functions_of(activation, "forward", passes)))
         constants |= {} if masked else {"mask_ptr": None}
     else:
-        kernel = triton_kernels.backward_kernel
+        kernel = elementwise.backward_kernel
         signature = {"grad_output_ptr": element, "saved_ptr": "*u8" if masked else element}
         signature |= {"grad_input_ptr": element} | common
         function = "gradient" if masked else direction.replace("backward", "derivative")
-        constants = {"BACKWARD": math(function.replace(" ", "_"))}
-        tile = triton_kernels.masked_backward_tile if masked else triton_kernels.backward_tile
-        constants |= {"TILE": tile}
-    constants |= {"BLOCK_SIZE": triton_kernels.block_size(dtype)}
-    return compile_ahead(kernel, signature, constants, capability, triton_kernels.OPTIONS)
+        (derivative,) = functions_of(activation, function.replace(" ", "_"))
+        tile = elementwise.masked_backward_tile if masked else elementwise.backward_tile
+        constants = {"BACKWARD": derivative, "TILE": tile}
+    constants |= {"BLOCK_SIZE": elementwise.block_size(dtype)}
+    return compile_ahead(kernel, signature, constants, capability, elementwise.OPTIONS)
 
 
 def compile_mirrored(
-    row: MirroredActivation,
+    row: Mirrored,
     direction: str,
     masked: bool,
     dtype: torch.dtype,
@@ -263,59 +260,54 @@ def compile_mirrored(
     capability: int,
 ):
     """Likewise a Triton kernel of a mirrored activation, for rows of so many `columns`."""
-    from fused_act.backends import triton_activations, triton_mirrored
-
-    def math(function: str):
-        return getattr(triton_activations, f"{row.activation.name}_{function}")
+    from fused_act.backends.triton import mirrored
+    from fused_act.backends.triton.activations import functions_of
 
     element = f"*{TRITON_TYPES[dtype]}"
     if direction == "forward":
-        kernel = triton_mirrored.forward_kernel
+        kernel = mirrored.forward_kernel
         signature = {"x_ptr": element, "y_ptr": element}
         signature |= {"mask_ptr": "*u8" if masked else "constexpr"}
-        constants = {"FORWARD": math("forward"), "PASSES": math("passes")}
+        constants = dict(zip(("FORWARD", "PASSES"), functions_of(row, "forward", "passes")))
         constants |= {} if masked else {"mask_ptr": None}
     else:
-        kernel = triton_mirrored.backward_kernel
+        kernel = mirrored.backward_kernel
         signature = {"grad_output_ptr": element, "mask_ptr": "*u8", "grad_input_ptr": element}
-        constants = {"GRADIENT": math("gradient")}
+        constants = dict(zip(("GRADIENT",), functions_of(row, "gradient")))
     signature |= dict.fromkeys(("row_count", "columns", "column_blocks"), "i32")
-    constants |= dict(zip(("BM", "BK"), triton_mirrored.tile(columns, dtype)))
+    constants |= dict(zip(("BLOCK_M", "BLOCK_N"), mirrored.tile(columns, dtype)))
     divisible = ("columns",) if columns % 16 == 0 else ()
-    options = triton_mirrored.OPTIONS
-    return compile_ahead(kernel, signature, constants, capability, options, divisible)
+    return compile_ahead(kernel, signature, constants, capability, mirrored.OPTIONS, divisible)
 
 
 def compile_triton_weighted(
-    activation: WeightedActivation,
+    activation: Weighted,
     direction: str,
     by_column: bool,
     dtype: torch.dtype,
     capability: int,
 ):
     """As `compile_triton`, for a weight of each row or column, of which 16 divides the length."""
-    from fused_act.backends import triton_activations, triton_weighted
+    from fused_act.backends.triton import weighted
+    from fused_act.backends.triton.activations import functions_of
 
     shape = (64, 128, 1, 1) if by_column else (64, 64, 64, 64)
     x = torch.empty(shape, dtype=dtype, device="meta")
     forward = direction == "forward"
-    size = triton_weighted.block_size if forward else triton_weighted.backward_block_size
-    matrix = triton_weighted.Matrix.of(x, x.size(1), size(dtype))
-    kernel = getattr(triton_weighted, f"{direction}_kernel")
+    size = weighted.block_size if forward else weighted.backward_block_size
+    matrix = weighted.Matrix.of(x, x.size(1), size(dtype))
+    kernel = getattr(weighted, f"{direction}_kernel")
     functions = ("forward",) if forward else ("derivative", "weight_gradient")
-    constants = {
-        function.upper(): getattr(triton_activations, f"{activation.name}_{function}")
-        for function in functions
-    }
+    constants = dict(zip(map(str.upper, functions), functions_of(activation, *functions)))
     constants |= {"BY_COLUMN": by_column}
-    constants |= {"BLOCK_M": matrix.tile_rows, "BLOCK_K": matrix.tile_columns}
+    constants |= {"BLOCK_M": matrix.tile_rows, "BLOCK_N": matrix.tile_columns}
     fp32 = {"weight_ptr": "*fp32", "partials_ptr": "*fp32"}
     sizes = {"numel": "i64", "columns": "i32", "weights": "i32"}
     signature = {
         name: fp32.get(name) or sizes.get(name) or f"*{TRITON_TYPES[dtype]}"
         for name in kernel.arg_names
     }
-    options = getattr(triton_weighted, f"{direction.upper()}_OPTIONS")
+    options = getattr(weighted, f"{direction.upper()}_OPTIONS")
     return compile_ahead(kernel, signature, constants, capability, options, ("columns", "weights"))
 
 
@@ -355,7 +347,7 @@ def compile_ahead(
 
 
 def triton_kernel(
-    activation: Activation, direction: str, masked: bool, dtype: torch.dtype, capability: int
+    activation: Elementwise, direction: str, masked: bool, dtype: torch.dtype, capability: int
 ) -> Kernel:
     """The machine code of a Triton kernel; the arguments are those of `compile_triton`."""
     compiled = compile_triton(activation, direction, masked, dtype, capability)
@@ -364,13 +356,13 @@ def triton_kernel(
 
 def code_of(compiled, name: str, dtype: torch.dtype) -> Kernel:
     """The machine code of a Triton kernel of the activation `name`."""
-    from fused_act.backends import triton_kernels
+    from fused_act.backends.triton import tiles
 
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(compiled.asm["cubin"])
         ((kernel, function),) = disassemble(path).items()
-    return Kernel(f"triton {name} {kernel}", *function, 32 * triton_kernels.NUM_WARPS, dtype)
+    return Kernel(f"triton {name} {kernel}", *function, 32 * tiles.NUM_WARPS, dtype)
 
 
 def cuda_kernels(library: Path, capability: int) -> dict[str, Function]:
@@ -383,7 +375,7 @@ def cuda_kernels(library: Path, capability: int) -> dict[str, Function]:
 
 def cuda_kernel(
     kernels: dict[str, Function],
-    activation: Activation,
+    activation: Elementwise,
     direction: str,
     masked: bool,
     dtype: torch.dtype,
@@ -397,39 +389,39 @@ def cuda_kernel(
     access = 32 if capability >= 100 else 16
     kernel, _, from_output = direction.partition(" ")
     pattern = (
-        rf"fused_act::{kernel}_kernel<{access // dtype.itemsize}, {str(masked).lower()}, "
-        rf"{'fused_act::FromOutput<' if from_output else ''}"
-        rf"fused_act::{activation.name.replace('_', '')}<{re.escape(CUDA_TYPES[dtype])}>"
+        rf"elementwise::{kernel}_kernel<{access // dtype.itemsize}, {str(masked).lower()}, "
+        rf"{'fused_act::elementwise::FromOutput<' if from_output else ''}"
+        rf"fused_act::{activation.spelling}<{re.escape(CUDA_TYPES[dtype])}>"
     )
-    (name,) = (name for name in kernels if re.search(pattern, name, flags=re.IGNORECASE))
+    (name,) = (name for name in kernels if re.search(pattern, name))
     return Kernel(name, *kernels[name], CUDA_TILE // access, dtype)
 
 
 def cuda_mirrored_kernel(
     kernels: dict[str, Function],
-    row: MirroredActivation,
+    row: Mirrored,
     direction: str,
     masked: bool,
     dtype: torch.dtype,
 ) -> Kernel:
     """Likewise the kernel of a mirrored activation."""
     pattern = (
-        rf"fused_act::mirrored_{direction}_kernel<(\d+), "
+        rf"mirrored::{direction}_kernel<(\d+), "
         rf"{f'{str(masked).lower()}, ' if direction == 'forward' else ''}"
-        rf"fused_act::{row.activation.name.replace('_', '')}<{re.escape(CUDA_TYPES[dtype])}>"
+        rf"fused_act::{row.pair.spelling}<{re.escape(CUDA_TYPES[dtype])}>"
     )
-    matches = (re.search(pattern, name, flags=re.IGNORECASE) for name in kernels)
+    matches = (re.search(pattern, name) for name in kernels)
     widest = max(filter(None, matches), key=lambda match: int(match[1]))
     return Kernel(widest.string, *kernels[widest.string], CUDA_THREADS, dtype)
 
 
 def cuda_weighted_kernel(
-    kernels: dict[str, Function], struct: str, direction: str, by_column: bool, dtype: torch.dtype
+    kernels: dict[str, Function], row: Weighted, direction: str, by_column: bool, dtype: torch.dtype
 ) -> Kernel:
-    """The kernel for aligned tensors of an activation with a weight, by the name of its struct."""
+    """The kernel for aligned tensors of an activation with a weight."""
     element, width = CUDA_TYPES[dtype], 16 // dtype.itemsize
-    variant = f"{width}, {str(by_column).lower()}, fused_act::{struct}, {element}"
-    (name,) = (name for name in kernels if f"weighted_{direction}_kernel<{variant}>" in name)
+    variant = f"{width}, {str(by_column).lower()}, fused_act::{row.pair.spelling}, {element}"
+    (name,) = (name for name in kernels if f"weighted::{direction}_kernel<{variant}>" in name)
     return Kernel(name, *kernels[name], CUDA_THREADS, dtype)
 
 
@@ -456,7 +448,7 @@ def aten_kernels(library: Path, capability: int) -> dict[str, Function]:
 
 
 def aten_kernel(
-    kernels: dict[str, Function], activation: Activation, direction: str, dtype: torch.dtype
+    kernels: dict[str, Function], activation: Elementwise, direction: str, dtype: torch.dtype
 ) -> Kernel:
     """The kernel that ATen launches for aligned tensors, out of what `aten_kernels` found."""
     forward, backward = ATEN_KERNELS[activation.name]
@@ -490,14 +482,14 @@ def block_index_uses(ptx: str) -> dict[str, list[str]]:
 
 
 def triton_matrix_kernel(
-    row: WeightedActivation | MirroredActivation,
+    row: Row,
     direction: str,
     masked: bool,
     dtype: torch.dtype,
     capability: int,
 ) -> Kernel:
     """The Triton kernel of a row of `matrix_kernels`, of long rows."""
-    if isinstance(row, MirroredActivation):
+    if row.family == "mirrored":
         compiled = compile_mirrored(row, direction, masked, dtype, 2**20, capability)
     else:
         compiled = compile_triton_weighted(row, direction, False, dtype, capability)
@@ -506,31 +498,31 @@ def triton_matrix_kernel(
 
 def cuda_matrix_kernel(
     kernels: dict[str, Function],
-    row: WeightedActivation | MirroredActivation,
+    row: Row,
     direction: str,
     masked: bool,
     dtype: torch.dtype,
 ) -> Kernel:
     """Likewise the one of the extension."""
-    if isinstance(row, MirroredActivation):
+    if row.family == "mirrored":
         return cuda_mirrored_kernel(kernels, row, direction, masked, dtype)
-    return cuda_weighted_kernel(kernels, WEIGHTED_STRUCTS[row.name], direction, False, dtype)
+    return cuda_weighted_kernel(kernels, row, direction, False, dtype)
 
 
-def matrix_kernels() -> Iterator[tuple[WeightedActivation | MirroredActivation, str, bool]]:
+def matrix_kernels() -> Iterator[tuple[Row, str, bool]]:
     """As `kernels`, of the activations with a weight and the mirrored ones."""
-    for row in WEIGHTED:
+    for row in FAMILIES["weighted"]:
         yield row, "forward", False
         yield row, "backward", False
-    for row in MIRRORED:
+    for row in FAMILIES["mirrored"]:
         yield row, "forward", False
         yield row, "forward", True
         yield row, "backward", True
 
 
-def kernels() -> Iterator[tuple[Activation, str, bool]]:
+def kernels() -> Iterator[tuple[Elementwise, str, bool]]:
     """(activation, direction, masked) of every kernel; one that saves a mask has two forward."""
-    for activation in ACTIVATIONS:
+    for activation in FAMILIES["elementwise"]:
         yield activation, "forward", False
         if activation.saves == "mask":
             yield activation, "forward", True

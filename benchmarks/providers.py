@@ -13,12 +13,12 @@ from torch import Tensor
 
 import fused_act
 from benchmarks.environment import default_device
-from fused_act import backends, ops
-from fused_act.activation import Activation
-from fused_act.activations import ACTIVATIONS
+from fused_act import dispatch, ops
+from fused_act.activations import FAMILIES
 from fused_act.activations.selu import ALPHA, SCALE
-from fused_act.backends import Kernels
 from fused_act.backends.triton import INTERPRET
+from fused_act.dispatch import Kernels
+from fused_act.families.elementwise import Elementwise
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -26,7 +26,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 DEVICE = torch.device("cpu") if INTERPRET else default_device()
 
 # What is compared unless others are asked for: the package is made for them.
-FEATURED = ACTIVATIONS[:3]
+FEATURED = FAMILIES["elementwise"][:3]
 
 # The parameters that an activation is compared with; the others take none.
 PARAMETERS = {"swish": (1.0,), "leaky_relu": (0.01,)}
@@ -75,9 +75,9 @@ class Provider:
     """
 
     name: str
-    function: Callable[[Activation, bool], Callable[[Tensor], Tensor] | None]
+    function: Callable[[Elementwise, bool], Callable[[Tensor], Tensor] | None]
     is_ours: bool = False
-    kernels: Callable[[Activation], Kernels] | None = None
+    kernels: Callable[[Elementwise], Kernels] | None = None
     backend: str = "auto"
     compiles: bool = False
     package: str | None = None
@@ -89,7 +89,7 @@ class Provider:
                 importlib.import_module(self.package)
             except Exception as error:  # a package may raise anything where it does not fit
                 return error_text(error)
-        return None if self.backend == "auto" else backends.get(self.backend).unavailable()
+        return None if self.backend == "auto" else dispatch.BACKENDS[self.backend].unavailable()
 
     def selected(self) -> fused_act.use_backend:
         return fused_act.use_backend(self.backend)
@@ -113,12 +113,11 @@ class Provider:
         return self.compile(function)
 
 
-def activation_by_name(name: str) -> Activation:
-    try:
-        return next(activation for activation in ACTIVATIONS if activation.name == name)
-    except StopIteration:
-        names = ", ".join(activation.name for activation in ACTIVATIONS)
-        raise argparse.ArgumentTypeError(f"expected one of {names}, got {name!r}") from None
+def activation_by_name(name: str) -> Elementwise:
+    activations = {row.name: row for row in FAMILIES["elementwise"]}
+    if name not in activations:
+        raise argparse.ArgumentTypeError(f"expected one of {', '.join(activations)}, got {name!r}")
+    return activations[name]
 
 
 def add_activations_argument(parser: argparse.ArgumentParser) -> None:
@@ -132,29 +131,29 @@ def add_activations_argument(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def parameters(activation: Activation) -> tuple[float, ...]:
+def parameters(activation: Elementwise) -> tuple[float, ...]:
     return PARAMETERS.get(activation.name, ())
 
 
-def fused(activation: Activation, inplace: bool) -> Callable[[Tensor], Tensor]:
+def fused(activation: Elementwise, inplace: bool) -> Callable[[Tensor], Tensor]:
     function, arguments = getattr(fused_act, activation.name), parameters(activation)
     return lambda x: function(x, *arguments, inplace=inplace)
 
 
-def aten(activation: Activation, inplace: bool) -> Callable[[Tensor], Tensor]:
+def aten(activation: Elementwise, inplace: bool) -> Callable[[Tensor], Tensor]:
     function, arguments = activation.torch_forward, parameters(activation)
     return lambda x: function(x, *arguments, inplace=inplace)
 
 
-def naive(activation: Activation, inplace: bool) -> Callable[[Tensor], Tensor] | None:
+def naive(activation: Elementwise, inplace: bool) -> Callable[[Tensor], Tensor] | None:
     return None if inplace else NAIVE.get(activation.name)
 
 
-def aten_kernels(activation: Activation) -> Kernels:
+def aten_kernels(activation: Elementwise) -> Kernels:
     return activation.eager._replace(forward_out=ATEN_OUT.get(activation.name))
 
 
-def flag_gems_kernels(activation: Activation) -> Kernels:
+def flag_gems_kernels(activation: Elementwise) -> Kernels:
     gems = importlib.import_module("flag_gems.ops")
     names = FLAG_GEMS.get(activation.name, ("", ""))
     forward, backward = (getattr(gems, name, None) for name in names)
@@ -166,7 +165,7 @@ def flag_gems_kernels(activation: Activation) -> Kernels:
     )
 
 
-def raw_ops(namespace: str) -> Callable[[Activation], Kernels]:
+def raw_ops(namespace: str) -> Callable[[Elementwise], Kernels]:
     return lambda activation: ops.kernels(namespace)[activation.name]
 
 

@@ -8,7 +8,7 @@
 // T is the tensor's element. 16-bit results need fewer bits: there e^x is scaled by 2^32, so that
 // it does not underflow before the product with x does. fp32 has no bits to spare for the larger
 // argument; below -87, where e^x is subnormal and flushes, it takes e^(x/2) twice.
-// fused_act/backends/triton_activations.py states the same math; tests hold both to a float64
+// fused_act/backends/triton/activations.py states the same math; tests hold both to a float64
 // oracle.
 #pragma once
 

@@ -5,11 +5,11 @@
 // what a thread does is a __host__ __device__ function.
 #pragma once
 
-#include "elementwise.cuh"
+#include "access.cuh"
 
-namespace fused_act {
+namespace fused_act::mirrored {
 
-struct MirroredMatrix {
+struct Matrix {
   int64_t rows, columns;
 
   __host__ __device__ int64_t bytes_of_mask_row() const { return (columns + 7) / 8; }
@@ -22,12 +22,12 @@ template <typename T>
 constexpr int kRun = 16 / sizeof(T);
 
 template <typename T>
-__host__ __device__ __forceinline__ int64_t runs_of_row(MirroredMatrix matrix) {
+__host__ __device__ __forceinline__ int64_t runs_of_row(Matrix matrix) {
   return matrix.bytes_of_mask_row() * (8 / kRun<T>);
 }
 
 template <typename T>
-int64_t mirrored_block_count(MirroredMatrix matrix) {
+int64_t block_count(Matrix matrix) {
   return (matrix.rows * runs_of_row<T>(matrix) + kThreads - 1) / kThreads;
 }
 
@@ -39,7 +39,7 @@ struct Run {
 };
 
 template <typename T>
-__host__ __device__ __forceinline__ Run find_run(MirroredMatrix matrix, int64_t block, int thread) {
+__host__ __device__ __forceinline__ Run find_run(Matrix matrix, int64_t block, int thread) {
   const int64_t index = block * kThreads + thread, row_length = runs_of_row<T>(matrix);
   // By a division of 32 bits, if those do: one of 64 would take longer than all the rest.
   const int64_t row = (index | row_length) >> 32 == 0
@@ -102,10 +102,9 @@ __host__ __device__ __forceinline__ unsigned activate_part(Activation activation
 
 // What thread `thread` of block `block` does.
 template <int kWidth, bool kMasked, typename Activation, typename T>
-__host__ __device__ __forceinline__ void mirrored_forward_thread(Activation activation, const T* x,
-                                                                 T* y, uint8_t* mask,
-                                                                 MirroredMatrix matrix,
-                                                                 int64_t block, int thread) {
+__host__ __device__ __forceinline__ void forward_thread(Activation activation, const T* x, T* y,
+                                                        uint8_t* mask, Matrix matrix, int64_t block,
+                                                        int thread) {
   const Run run = find_run<T>(matrix, block, thread);
   x += run.x;
   y += run.y;
@@ -131,9 +130,10 @@ __host__ __device__ __forceinline__ void mirrored_forward_thread(Activation acti
 }
 
 template <int kWidth, typename Activation, typename T>
-__host__ __device__ __forceinline__ void mirrored_backward_thread(
-    Activation activation, const T* grad_output, const uint8_t* mask, T* grad_input,
-    MirroredMatrix matrix, int64_t block, int thread) {
+__host__ __device__ __forceinline__ void backward_thread(Activation activation,
+                                                         const T* grad_output, const uint8_t* mask,
+                                                         T* grad_input, Matrix matrix,
+                                                         int64_t block, int thread) {
   const Run run = find_run<T>(matrix, block, thread);
   grad_output += run.y;
   mask += run.mask;
@@ -164,52 +164,42 @@ __host__ __device__ __forceinline__ void mirrored_backward_thread(
   }
 }
 
-// Call `run` with the widest access that rows of x, one after the other from there, allow.
-template <typename T, typename Function>
-void with_widest_access_to_rows(Function run, MirroredMatrix matrix, const void* a, const void* b) {
-  const auto step = static_cast<uintptr_t>(matrix.columns * sizeof(T));
-  with_widest_access<T, 16>(run, a, b, step);
-}
-
 #if defined(__CUDACC__)
 template <int kWidth, bool kMasked, typename Activation, typename T>
 __global__ void __launch_bounds__(kThreads)
-    mirrored_forward_kernel(Activation activation, const T* x, T* y, uint8_t* mask,
-                            MirroredMatrix matrix) {
-  mirrored_forward_thread<kWidth, kMasked>(activation, x, y, mask, matrix, blockIdx.x, threadIdx.x);
+    forward_kernel(Activation activation, const T* x, T* y, uint8_t* mask, Matrix matrix) {
+  forward_thread<kWidth, kMasked>(activation, x, y, mask, matrix, blockIdx.x, threadIdx.x);
 }
 
 template <int kWidth, typename Activation, typename T>
 __global__ void __launch_bounds__(kThreads)
-    mirrored_backward_kernel(Activation activation, const T* grad_output, const uint8_t* mask,
-                             T* grad_input, MirroredMatrix matrix) {
-  mirrored_backward_thread<kWidth>(activation, grad_output, mask, grad_input, matrix, blockIdx.x,
-                                   threadIdx.x);
+    backward_kernel(Activation activation, const T* grad_output, const uint8_t* mask, T* grad_input,
+                    Matrix matrix) {
+  backward_thread<kWidth>(activation, grad_output, mask, grad_input, matrix, blockIdx.x,
+                          threadIdx.x);
 }
 
 template <bool kMasked, typename Activation, typename T>
-void launch_mirrored_forward(Activation activation, const T* x, T* y, uint8_t* mask,
-                             MirroredMatrix matrix, cudaStream_t stream) {
+void launch_forward(Activation activation, const T* x, T* y, uint8_t* mask, Matrix matrix,
+                    cudaStream_t stream) {
   with_widest_access_to_rows<T>(
       [&](auto width) {
-        mirrored_forward_kernel<decltype(width)::value, kMasked>
-            <<<mirrored_block_count<T>(matrix), kThreads, 0, stream>>>(activation, x, y, mask,
-                                                                       matrix);
+        forward_kernel<decltype(width)::value, kMasked>
+            <<<block_count<T>(matrix), kThreads, 0, stream>>>(activation, x, y, mask, matrix);
       },
-      matrix, x, y);
+      matrix.columns, x, y);
 }
 
 template <typename Activation, typename T>
-void launch_mirrored_backward(Activation activation, const T* grad_output, const uint8_t* mask,
-                              T* grad_input, MirroredMatrix matrix, cudaStream_t stream) {
+void launch_backward(Activation activation, const T* grad_output, const uint8_t* mask,
+                     T* grad_input, Matrix matrix, cudaStream_t stream) {
   with_widest_access_to_rows<T>(
       [&](auto width) {
-        mirrored_backward_kernel<decltype(width)::value>
-            <<<mirrored_block_count<T>(matrix), kThreads, 0, stream>>>(activation, grad_output,
-                                                                       mask, grad_input, matrix);
+        backward_kernel<decltype(width)::value><<<block_count<T>(matrix), kThreads, 0, stream>>>(
+            activation, grad_output, mask, grad_input, matrix);
       },
-      matrix, grad_output, grad_input);
+      matrix.columns, grad_output, grad_input);
 }
 #endif
 
-}  // namespace fused_act
+}  // namespace fused_act::mirrored

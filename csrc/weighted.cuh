@@ -5,9 +5,9 @@
 // a block is the device's own. Nothing here knows an activation: its struct holds the weight.
 #pragma once
 
-#include "elementwise.cuh"
+#include "access.cuh"
 
-namespace fused_act {
+namespace fused_act::weighted {
 
 // Of a tile whose columns have weights: one cache line. Wider ones have few rows to sum over.
 constexpr int kColumnBytes = 128;
@@ -15,7 +15,7 @@ constexpr int kWarp = 32;
 
 // A dense tensor as its memory has it: rows of `columns` elements, the last of which may be short.
 // Rows have the weights in turn, or columns have them (channels_last, or a batch of vectors).
-struct WeightedMatrix {
+struct Matrix {
   int64_t numel;
   int64_t columns;
   int64_t weights;
@@ -35,24 +35,18 @@ struct Tile {
   // Blocks per SM that kernels are compiled for: 64 registers a thread, 128 with narrow accesses.
   static constexpr int kBlocks = kWide ? 4 : 2;
 
-  static int64_t row_blocks(const WeightedMatrix& matrix) {
+  static int64_t row_blocks(const Matrix& matrix) {
     const int64_t rows = kRuns * (kThreads >> matrix.log_across);
     return (matrix.rows() + rows - 1) / rows;
   }
 
-  static int64_t blocks(const WeightedMatrix& matrix) {
-    return row_blocks(matrix) * matrix.column_blocks;
-  }
+  static int64_t blocks(const Matrix& matrix) { return row_blocks(matrix) * matrix.column_blocks; }
 
   // `inner` is the stride of the channels, which says where the weights are; of no account for one
   // weight, for which rows are as wide as a block.
   template <bool kByColumn>
-  static WeightedMatrix matrix(int64_t numel, int64_t weights, int64_t inner) {
-    WeightedMatrix result{numel,
-                          weights == 1 ? kThreads * kWidth
-                          : kByColumn  ? weights
-                                       : inner,
-                          weights};
+  static Matrix matrix(int64_t numel, int64_t weights, int64_t inner) {
+    Matrix result{numel, weights == 1 ? kThreads * kWidth : kByColumn ? weights : inner, weights};
     const int widest = kByColumn ? kColumnBytes / (kWidth * static_cast<int>(sizeof(T))) : kThreads;
     // The sum by column takes the threads of a column to be lanes of one number.
     const int limit = kByColumn && widest > kWarp ? kWarp : widest;
@@ -75,7 +69,7 @@ struct Place {
   int row_step;  // from one run to the next
   bool full;     // whether the whole tile lies inside
 
-  __host__ __device__ Place(const WeightedMatrix& matrix, int block, int thread) {
+  __host__ __device__ Place(const Matrix& matrix, int block, int thread) {
     constexpr int kRuns = Tile<T, kWidth>::kRuns;
     row_step = kThreads >> matrix.log_across;
     // Of 32 bits, for a division in 64 costs as much as some elements do. All else has 64: there
@@ -91,12 +85,12 @@ struct Place {
     column = first_column + (thread & (matrix.across() - 1)) * kWidth;
   }
 
-  __host__ __device__ int64_t offset(const WeightedMatrix& matrix, int run) const {
+  __host__ __device__ int64_t offset(const Matrix& matrix, int run) const {
     return (row + run * row_step) * matrix.columns + column;
   }
 
   // How many elements of a run are inside the matrix; none if that is not positive.
-  __host__ __device__ int64_t left(const WeightedMatrix& matrix, int run) const {
+  __host__ __device__ int64_t left(const Matrix& matrix, int run) const {
     const int64_t in_row = matrix.columns - column;
     const int64_t in_all = matrix.numel - offset(matrix, run);
     return in_row < in_all ? in_row : in_all;
@@ -146,7 +140,7 @@ struct PerWeight {
 
 template <bool kByColumn, typename T, int kWidth>
 __host__ __device__ __forceinline__ PerWeight<kByColumn, T, kWidth> load_weights(
-    const float* weight, const WeightedMatrix& matrix, const Place<T, kWidth>& place) {
+    const float* weight, const Matrix& matrix, const Place<T, kWidth>& place) {
   PerWeight<kByColumn, T, kWidth> result;
 #pragma unroll
   for (int i = 0; i < result.kCount; i++) {
@@ -161,9 +155,9 @@ __host__ __device__ __forceinline__ PerWeight<kByColumn, T, kWidth> load_weights
 }
 
 template <bool kFull, bool kByColumn, template <typename> class Activation, int kWidth, typename T>
-__host__ __device__ __forceinline__ void weighted_forward_tile(const T* x, const float* weight,
-                                                               T* y, const WeightedMatrix& matrix,
-                                                               const Place<T, kWidth>& place) {
+__host__ __device__ __forceinline__ void forward_tile(const T* x, const float* weight, T* y,
+                                                      const Matrix& matrix,
+                                                      const Place<T, kWidth>& place) {
   constexpr int kRuns = Tile<T, kWidth>::kRuns;
   Vector<T, kWidth> loaded[kRuns];
 #pragma unroll
@@ -184,9 +178,9 @@ __host__ __device__ __forceinline__ void weighted_forward_tile(const T* x, const
 }
 
 template <bool kFull, bool kByColumn, template <typename> class Activation, int kWidth, typename T>
-__host__ __device__ __forceinline__ PerWeight<kByColumn, T, kWidth> weighted_backward_tile(
-    const T* grad_output, const T* x, const float* weight, T* grad_input,
-    const WeightedMatrix& matrix, const Place<T, kWidth>& place) {
+__host__ __device__ __forceinline__ PerWeight<kByColumn, T, kWidth> backward_tile(
+    const T* grad_output, const T* x, const float* weight, T* grad_input, const Matrix& matrix,
+    const Place<T, kWidth>& place) {
   constexpr int kRuns = Tile<T, kWidth>::kRuns;
   Vector<T, kWidth> loaded_grads[kRuns], loaded[kRuns];
 #pragma unroll
@@ -215,33 +209,33 @@ __host__ __device__ __forceinline__ PerWeight<kByColumn, T, kWidth> weighted_bac
 
 // What thread `thread` of block `block` does.
 template <bool kByColumn, template <typename> class Activation, int kWidth, typename T>
-__host__ __device__ __forceinline__ void weighted_forward_thread(const T* x, const float* weight,
-                                                                 T* y, const WeightedMatrix& matrix,
-                                                                 int block, int thread) {
+__host__ __device__ __forceinline__ void forward_thread(const T* x, const float* weight, T* y,
+                                                        const Matrix& matrix, int block,
+                                                        int thread) {
   const Place<T, kWidth> place(matrix, block, thread);
   if (place.full) {
-    weighted_forward_tile<true, kByColumn, Activation>(x, weight, y, matrix, place);
+    forward_tile<true, kByColumn, Activation>(x, weight, y, matrix, place);
   } else {
-    weighted_forward_tile<false, kByColumn, Activation>(x, weight, y, matrix, place);
+    forward_tile<false, kByColumn, Activation>(x, weight, y, matrix, place);
   }
 }
 
 template <bool kByColumn, template <typename> class Activation, int kWidth, typename T>
-__host__ __device__ __forceinline__ PerWeight<kByColumn, T, kWidth> weighted_backward_thread(
-    const T* grad_output, const T* x, const float* weight, T* grad_input,
-    const WeightedMatrix& matrix, const Place<T, kWidth>& place) {
+__host__ __device__ __forceinline__ PerWeight<kByColumn, T, kWidth> backward_thread(
+    const T* grad_output, const T* x, const float* weight, T* grad_input, const Matrix& matrix,
+    const Place<T, kWidth>& place) {
   if (place.full) {
-    return weighted_backward_tile<true, kByColumn, Activation>(grad_output, x, weight, grad_input,
-                                                               matrix, place);
+    return backward_tile<true, kByColumn, Activation>(grad_output, x, weight, grad_input, matrix,
+                                                      place);
   }
-  return weighted_backward_tile<false, kByColumn, Activation>(grad_output, x, weight, grad_input,
-                                                              matrix, place);
+  return backward_tile<false, kByColumn, Activation>(grad_output, x, weight, grad_input, matrix,
+                                                     place);
 }
 
 // Where sum `i` of a thread belongs, with those of the other threads of its row or column: the sums
 // are [row blocks, columns], or [rows, column blocks]. Negative for one of nothing.
 template <bool kByColumn, int kWidth, typename T>
-__host__ __device__ __forceinline__ int64_t sum_index(const WeightedMatrix& matrix,
+__host__ __device__ __forceinline__ int64_t sum_index(const Matrix& matrix,
                                                       const Place<T, kWidth>& place, int i) {
   if (kByColumn) {
     const int64_t column = place.column + i;
@@ -251,12 +245,22 @@ __host__ __device__ __forceinline__ int64_t sum_index(const WeightedMatrix& matr
   return row * matrix.columns < matrix.numel ? row * matrix.column_blocks + place.column_block : -1;
 }
 
-// Call `run` with the widest access, of 16 bytes at most, that the addresses and the rows allow.
+// Call `run` with the widest access, of 16 bytes at most, that the addresses and the rows allow,
+// with whether columns have the weights, and with the matrix. `inner` is the stride of the
+// channels.
 template <typename T, typename Run, typename... Pointers>
-void with_widest_weighted_access(Run run, int64_t weights, int64_t inner, Pointers... pointers) {
+void with_variant(int64_t numel, int64_t weights, int64_t inner, Run run, Pointers... pointers) {
+  auto with_width = [&](auto width) {
+    using Chosen = Tile<T, decltype(width)::value>;
+    if (weights > 1 && inner == 1) {
+      run(width, std::true_type{}, Chosen::template matrix<true>(numel, weights, inner));
+    } else {
+      run(width, std::false_type{}, Chosen::template matrix<false>(numel, weights, inner));
+    }
+  };
   // Rows of one weight are of our choosing.
   const int64_t columns = weights == 1 ? 0 : inner == 1 ? weights : inner;
-  with_widest_access<T, 16>(run, static_cast<uintptr_t>(columns * sizeof(T)), pointers...);
+  with_widest_access_to_rows<T>(with_width, columns, pointers...);
 }
 
 #if defined(__CUDACC__)
@@ -296,18 +300,17 @@ __device__ __forceinline__ void sum_over_threads(float (&values)[kCount], int ac
 
 template <int kWidth, bool kByColumn, template <typename> class Activation, typename T>
 __global__ void __launch_bounds__(kThreads, (Tile<T, kWidth>::kBlocks))
-    weighted_forward_kernel(const T* x, const float* weight, T* y, WeightedMatrix matrix) {
-  weighted_forward_thread<kByColumn, Activation, kWidth>(x, weight, y, matrix, blockIdx.x,
-                                                         threadIdx.x);
+    forward_kernel(const T* x, const float* weight, T* y, Matrix matrix) {
+  forward_thread<kByColumn, Activation, kWidth>(x, weight, y, matrix, blockIdx.x, threadIdx.x);
 }
 
 template <int kWidth, bool kByColumn, template <typename> class Activation, typename T>
 __global__ void __launch_bounds__(kThreads, (Tile<T, kWidth>::kBlocks))
-    weighted_backward_kernel(const T* grad_output, const T* x, const float* weight, T* grad_input,
-                             float* sums, WeightedMatrix matrix) {
+    backward_kernel(const T* grad_output, const T* x, const float* weight, T* grad_input,
+                    float* sums, Matrix matrix) {
   const Place<T, kWidth> place(matrix, blockIdx.x, threadIdx.x);
-  auto found = weighted_backward_thread<kByColumn, Activation>(grad_output, x, weight, grad_input,
-                                                               matrix, place);
+  auto found =
+      backward_thread<kByColumn, Activation>(grad_output, x, weight, grad_input, matrix, place);
   sum_over_threads<kByColumn>(found.values, matrix.across());
   if (kByColumn ? threadIdx.x < matrix.across() : threadIdx.x % matrix.across() == 0) {
 #pragma unroll
@@ -321,4 +324,4 @@ __global__ void __launch_bounds__(kThreads, (Tile<T, kWidth>::kBlocks))
 }
 #endif
 
-}  // namespace fused_act
+}  // namespace fused_act::weighted

@@ -1,6 +1,6 @@
 """Fused Mish, Swish (SiLU), ReLU6 and their family for PyTorch, in Triton and in CUDA C++."""
 
-from fused_act import ops  # noqa: F401 - defines torch.ops.fused_act_cuda and fused_act_triton
+from fused_act import backends  # noqa: F401 - registers them, and defines the raw ops
 from fused_act.activations.crelu import CReLU, CReLUFunction, crelu
 from fused_act.activations.leaky_relu import LeakyReLU, LeakyReLUFunction, leaky_relu
 from fused_act.activations.mish import Mish, MishFunction, mish
@@ -18,7 +18,7 @@ from fused_act.activations.swish import (
     swish,
 )
 from fused_act.activations.tanh import Tanh, TanhFunction, tanh
-from fused_act.backends import available_backends, use_backend
+from fused_act.dispatch import available_backends, use_backend
 from fused_act.rematerialization import rematerialize
 from fused_act.replace import replace_activations, restore_activations
 from fused_act.version import __version__

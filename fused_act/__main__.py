@@ -4,7 +4,7 @@ import platform
 
 import torch
 
-from fused_act import __version__, backends
+from fused_act import __version__, dispatch
 from fused_act.backends import triton
 
 
@@ -23,8 +23,8 @@ def main() -> None:
     print(f"triton     {triton.version() or 'not installed'}")
     print(f"GPU        {gpu()}")
     print("backends, best first:")
-    for name in backends.NAMES:
-        reason = backends.get(name).unavailable()
+    for name, backend in dispatch.BACKENDS.items():
+        reason = backend.unavailable()
         print(f"  {name:8} {'available' if reason is None else f'not available: {reason}'}")
 
 

@@ -19,9 +19,10 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import Node, saved_tensors_hooks
 
-from fused_act.activation import KernelFunction
-from fused_act.activations import ACTIVATIONS
-from fused_act.backends import PLAIN
+from fused_act._torch_private import base_of, forward_class, raw_saved, saved, version_of
+from fused_act.activations import ROWS
+from fused_act.dispatch import PLAIN
+from fused_act.families.base import NotTraced
 
 LOCK = threading.RLock()
 RECOMPUTED = "fused_act.rematerialize"  # the key in a node's metadata
@@ -38,14 +39,15 @@ class Kept:
 
     def __init__(self, tensor: Tensor):
         self.tensor = tensor.detach()
-        self.version = tensor._version
+        self.version = version_of(tensor)
 
     def get(self) -> Tensor:
-        if self.tensor._version != self.version:
+        version = version_of(self.tensor)
+        if version != self.version:
             raise RuntimeError(
                 "one of the variables needed for gradient computation has been modified by an "
                 f"inplace operation: [{self.tensor.type()} {list(self.tensor.shape)}] is at "
-                f"version {self.tensor._version}; expected version {self.version} instead"
+                f"version {version}; expected version {self.version} instead"
             )
         return self.tensor
 
@@ -85,10 +87,10 @@ class View:
 
 
 def pack(tensor: Tensor, norm: bool) -> Kept | Recomputed | View:
-    base = tensor._base if tensor._is_view() else tensor
+    base = base_of(tensor)
     recomputed = None
     # A write bumps the version; those that autograd sees also change grad_fn.
-    if is_layout_of(base, tensor) and base._version == 0 and base.grad_fn is not None:
+    if is_layout_of(base, tensor) and version_of(base) == 0 and base.grad_fn is not None:
         recomputed = recompute(base, norm)
     if recomputed is None:
         return Kept(tensor)
@@ -115,22 +117,23 @@ def unpack(packed: Kept | Recomputed | View) -> Tensor:
     return packed.get()
 
 
-def peek(node: Node, field: str = "saved_tensors") -> Kept | Recomputed | View:
+def peek(node: Node, field: str = "") -> Kept | Recomputed | View:
     """What `pack` made of the tensor that `node` saves as `field`; computes none again.
+
+    Without a field it is the one tensor that a Function saves.
 
     Raises:
         RuntimeError: the hooks of others hold it, which may run anything to give it back, or the
             node has let go of it.
     """
-    saved = getattr(node, f"_raw_{field.lstrip('_')}")
-    if isinstance(saved, tuple):  # of a Function
-        (saved,) = saved
-    if saved.unpack_hook is None:
-        tensor = getattr(node, field)
-        return Kept(tensor[0] if isinstance(tensor, tuple) else tensor)
-    if saved.unpack_hook is not unpack or saved.data is None:
-        raise RuntimeError(f"{node.name()} does not hold {field}")
-    return saved.data
+    packed = raw_saved(node, field)
+    if not field:
+        (packed,) = packed
+    if packed.unpack_hook is None:
+        return Kept(saved(node, field) if field else node.saved_tensors[0])
+    if packed.unpack_hook is not unpack or packed.data is None:
+        raise RuntimeError(f"{node.name()} does not hold {field or 'its tensor'}")
+    return packed.data
 
 
 def recompute(tensor: Tensor, norm: bool) -> Recomputed | None:
@@ -149,57 +152,49 @@ def recompute(tensor: Tensor, norm: bool) -> Recomputed | None:
 
 
 def of_activation(node: Node) -> Recomputed | None:
-    function = getattr(node, "_forward_cls", None)
+    function = forward_class(node)
     if function is not None:
-        if not issubclass(function, KernelFunction) or function.saves == "y":
-            return None
-        # The node of an activation with a weight, or of x and -x, has no parameters.
-        if node.kernels.forward_with_mask is not None or not hasattr(node, "parameters"):
-            return None
-        forward, parameters = node.kernels.forward, node.parameters
-        x = peek(node)
-    else:
-        for activation in ACTIVATIONS:
-            parameters = activation.torch_node(node)
-            if parameters is not None:
-                break
-        else:
-            return None
-        forward = activation.eager.forward
-        x = peek(node, "_saved_self")
-    return Recomputed(lambda x: forward(x, *parameters), [x])
+        # Not a user's subclass, which may compute something else.
+        forward = function.recompute(node) if isinstance(function, NotTraced) else None
+        return None if forward is None else Recomputed(forward, [peek(node)])
+    for row in ROWS.values():
+        forward = row.recompute_torch(node)
+        if forward is not None:
+            return Recomputed(forward, [peek(node, "self")])
+    return None
 
 
+# By the name of the node: the op, and what the node calls its epsilon.
 NORMS = {
-    "NativeBatchNormBackward0": torch.native_batch_norm,
-    "CudnnBatchNormBackward0": torch.cudnn_batch_norm,
+    "NativeBatchNormBackward0": (torch.native_batch_norm, "eps"),
+    "CudnnBatchNormBackward0": (torch.cudnn_batch_norm, "epsilon"),
 }
 
 
 def of_norm(node: Node, y: Tensor) -> Recomputed | None:
     """Batch normalization, from its input, with its statistics computed again while training."""
-    function = NORMS.get(node.name())
-    if function is None:
+    if node.name() not in NORMS:
         return None
+    function, epsilon_name = NORMS[node.name()]
     weight = bias = None
-    if node._raw_saved_weight.data is not None:
-        weight = peek(node, "_saved_weight")
+    if raw_saved(node, "weight").data is not None:
+        weight = peek(node, "weight")
         bias = getattr(node.next_functions[2][0], "variable", None)
         if bias is None:  # frozen or computed: the node does not know it
             return None
         bias = Kept(bias)
-    training = node._saved_training
+    training = saved(node, "training")
     mean = variance = None
     if not training:
-        mean = peek(node, "_saved_running_mean")
-        variance = peek(node, "_saved_running_var")
-    epsilon = node._saved_eps if hasattr(node, "_saved_eps") else node._saved_epsilon
+        mean = peek(node, "running_mean")
+        variance = peek(node, "running_var")
+    epsilon = saved(node, epsilon_name)
 
     def compute(x: Tensor) -> Tensor:
         arguments = (kept and kept.get() for kept in (weight, bias, mean, variance))
         return function(x, *arguments, training, 0.0, epsilon)[0]
 
-    x = peek(node, "_saved_input")
+    x = peek(node, "input")
     configuration = (node.name(), training, y.device, y.dtype, y.shape, y.stride())
     if configuration not in SAME_BITS:
         SAME_BITS[configuration] = same_bits(compute(x.get()), y)

@@ -13,12 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fused_act
-from fused_act.activation import Activation
-from fused_act.activations import ACTIVATIONS, MIRRORED, WEIGHTED
+from fused_act.activations import FAMILIES
 from fused_act.activations.swish import torch_learnable
-from fused_act.backends import DTYPES
-from fused_act.mirrored import MirroredActivation
-from fused_act.weighted import WeightedActivation
+from fused_act.dispatch import DTYPES
+from fused_act.families.base import Row
+from fused_act.families.elementwise import Elementwise
 
 # One activation for each way through the code, by what it saves, out of place and in place, and by
 # its parameters; and those that are taken. The accuracy is tested of all activations.
@@ -42,7 +41,7 @@ DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRET else "cpu"
 class Case:
     """An activation with parameters: our function and torch's, both `f(x, inplace=False)`."""
 
-    activation: Activation | WeightedActivation | MirroredActivation
+    activation: Row
     parameters: tuple[float, ...]
     function: Callable[..., Tensor]
     torch_function: Callable[..., Tensor]
@@ -53,7 +52,7 @@ class Case:
 
     def apply(self, x: Tensor) -> Tensor:
         """The Function by itself."""
-        weight = (weight_of(x),) if isinstance(self.activation, WeightedActivation) else ()
+        weight = (weight_of(x),) if self.activation.family == "weighted" else ()
         return self.activation.Function.apply(x, *weight, *self.parameters)
 
     def __str__(self) -> str:
@@ -79,7 +78,7 @@ TORCH_FUNCTIONS = {
 }
 
 
-def bind(function, activation: Activation, parameters: tuple[float, ...]):
+def bind(function, activation: Elementwise, parameters: tuple[float, ...]):
     """`function` with its parameters fixed."""
     return functools.partial(function, **dict(zip(activation.parameters, parameters)))
 
@@ -92,7 +91,7 @@ def cases(parameters_by_name: dict[str, list[tuple[float, ...]]]) -> list[Case]:
             bind(getattr(fused_act, activation.name), activation, parameters),
             bind(TORCH_FUNCTIONS[activation.name], activation, parameters),
         )
-        for activation in ACTIVATIONS
+        for activation in FAMILIES["elementwise"]
         for parameters in parameters_by_name.get(activation.name, [()])
     ]
 
@@ -117,7 +116,7 @@ WEIGHTED_FUNCTIONS = {
     "learnable_swish": (fused_act.swish, torch_learnable),
 }
 CASES_OF_OTHERS = [
-    *(Case(row, (), *map(of_weight, WEIGHTED_FUNCTIONS[row.name])) for row in WEIGHTED),
+    *(Case(row, (), *map(of_weight, WEIGHTED_FUNCTIONS[row.name])) for row in FAMILIES["weighted"]),
     *(
         Case(
             row,
@@ -125,7 +124,7 @@ CASES_OF_OTHERS = [
             lambda x, inplace=False: fused_act.crelu(x, -1),
             lambda x, inplace=False: torch_crelu(x, -1),
         )
-        for row in MIRRORED
+        for row in FAMILIES["mirrored"]
     ),
 ]
 

@@ -1,7 +1,7 @@
 // What the host runs of the CUDA loops share.
 #pragma once
 
-#include "../csrc/elementwise.cuh"
+#include "../csrc/access.cuh"
 
 namespace fused_act {
 

@@ -1,7 +1,7 @@
 // Runs the CUDA kernels' loops and functors on the host, block by block and thread by thread.
 //
 // Compiled once per activation, with -DACTIVATION=Swish -DPARAMETER_COUNT=1: see
-// host_kernels.py, which reads both out of csrc/ops.cu.
+// host_kernels.py, which reads both out of csrc/register.cu.
 #include <type_traits>
 #include <utility>
 
@@ -9,7 +9,7 @@
 #include "../csrc/elementwise.cuh"
 #include "host.h"
 
-namespace fused_act {
+namespace fused_act::elementwise {
 namespace {
 
 template <typename T, size_t... I>
@@ -64,9 +64,10 @@ void backward(Activation activation, const T* grad_output, const Saved* saved, T
 }
 
 }  // namespace
-}  // namespace fused_act
+}  // namespace fused_act::elementwise
 
 using namespace fused_act;
+using namespace fused_act::elementwise;
 
 extern "C" {
 

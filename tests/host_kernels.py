@@ -15,17 +15,17 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fused_act.backends import DTYPES
+from fused_act.dispatch import DTYPES
 
 ROOT = Path(__file__).parent.parent
 COMPILER = shutil.which("g++") or shutil.which("clang++")
 
 
 def build(folder: Path) -> dict[str, ctypes.CDLL]:
-    """The host build of each activation, by name, out of the registration lines of ops.cu."""
+    """The host build of each activation, by name, out of the registration lines of register.cu."""
     registrations = re.findall(
-        r'implement<(\w+)((?:, double)*)>\(library, "(\w+)"\)',
-        (ROOT / "csrc" / "ops.cu").read_text(),
+        r'elementwise::implement<(\w+)((?:, double)*)>\(library, "(\w+)"\)',
+        (ROOT / "csrc" / "register.cu").read_text(),
     )
     include = Path(torch.__file__).parent / "include"
     builds = {}

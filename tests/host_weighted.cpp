@@ -6,23 +6,7 @@
 #include "host.h"
 
 using namespace fused_act;
-
-namespace {
-
-template <typename T, typename Run, typename... Pointers>
-void with_variant(int64_t numel, int64_t weights, int64_t inner, Run run, Pointers... pointers) {
-  auto with_width = [&](auto width) {
-    using Chosen = Tile<T, decltype(width)::value>;
-    if (weights > 1 && inner == 1) {
-      run(width, std::true_type{}, Chosen::template matrix<true>(numel, weights, inner));
-    } else {
-      run(width, std::false_type{}, Chosen::template matrix<false>(numel, weights, inner));
-    }
-  };
-  with_widest_weighted_access<T>(with_width, weights, inner, pointers...);
-}
-
-}  // namespace
+using namespace fused_act::weighted;
 
 extern "C" {
 
@@ -37,12 +21,12 @@ void run_forward(int dtype, const void* x, const float* weight, void* y, int64_t
     using T = decltype(element);
     const T* source = static_cast<const T*>(x);
     T* target = static_cast<T*>(y);
-    auto run = [&](auto width, auto by_column, const WeightedMatrix& matrix) {
+    auto run = [&](auto width, auto by_column, const Matrix& matrix) {
       constexpr int kWidth = decltype(width)::value;
       for (int block = 0; block < Tile<T, kWidth>::blocks(matrix); block++) {
         for (int thread = 0; thread < kThreads; thread++) {
-          weighted_forward_thread<decltype(by_column)::value, ACTIVATION, kWidth>(
-              source, weight, target, matrix, block, thread);
+          forward_thread<decltype(by_column)::value, ACTIVATION, kWidth>(source, weight, target,
+                                                                         matrix, block, thread);
         }
       }
     };
@@ -59,7 +43,7 @@ void run_backward(int dtype, const void* grad_output, const void* x, const float
     const T* grad = static_cast<const T*>(grad_output);
     const T* source = static_cast<const T*>(x);
     T* target = static_cast<T*>(grad_input);
-    auto run = [&](auto width, auto by_column, const WeightedMatrix& matrix) {
+    auto run = [&](auto width, auto by_column, const Matrix& matrix) {
       constexpr int kWidth = decltype(width)::value;
       constexpr bool kByColumn = decltype(by_column)::value;
       shape[0] = kByColumn ? Tile<T, kWidth>::row_blocks(matrix) : matrix.rows() / weights;
@@ -68,8 +52,8 @@ void run_backward(int dtype, const void* grad_output, const void* x, const float
       for (int block = 0; block < Tile<T, kWidth>::blocks(matrix); block++) {
         for (int thread = 0; thread < kThreads; thread++) {
           const Place<T, kWidth> place(matrix, block, thread);
-          const auto found = weighted_backward_thread<kByColumn, ACTIVATION>(grad, source, weight,
-                                                                             target, matrix, place);
+          const auto found =
+              backward_thread<kByColumn, ACTIVATION>(grad, source, weight, target, matrix, place);
           for (int i = 0; i < found.kCount; i++) {
             const int64_t index = sum_index<kByColumn>(matrix, place, i);
             if (index >= 0 && index < room) {
@@ -88,7 +72,7 @@ void run_backward(int dtype, const void* grad_output, const void* x, const float
 // The first and the last row and column of a block, for offsets beyond 32 bits.
 void place_of(int64_t numel, int64_t weights, int64_t inner, int block, int thread,
               int64_t* offset) {
-  auto run = [&](auto width, auto by_column, const WeightedMatrix& matrix) {
+  auto run = [&](auto width, auto by_column, const Matrix& matrix) {
     *offset = Place<float, decltype(width)::value>(matrix, block, thread).offset(matrix, 0);
   };
   with_variant<float>(numel, weights, inner, run, static_cast<const float*>(nullptr));

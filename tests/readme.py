@@ -11,7 +11,7 @@ import re
 import statistics
 from pathlib import Path
 
-from fused_act.activations import ACTIVATIONS
+from fused_act.activations import FAMILIES
 from tests import faults, measured
 from tests.accuracy import DERIVATIVE, FORWARD
 
@@ -109,7 +109,7 @@ def instructions() -> str:
     providers = {"ATen, torch 2.11": "aten", "Triton": "triton", "CUDA C++": "cuda"}
     lines = [
         (f"`{activation.name}`", *(cell(activation.name, by) for by in providers.values()))
-        for activation in ACTIVATIONS
+        for activation in FAMILIES["elementwise"]
     ]
     return tabulate(lines, ("forward / backward", *providers), "github", disable_numparse=True)
 

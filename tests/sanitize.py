@@ -15,7 +15,7 @@ import torch
 
 import fused_act
 from fused_act.activations.swish import torch_learnable
-from fused_act.backends import DTYPES
+from fused_act.dispatch import DTYPES
 from tests import accuracy
 from tests.cases import CASES, DEVICE, random
 

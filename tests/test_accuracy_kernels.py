@@ -9,7 +9,7 @@ import torch
 
 import fused_act
 from benchmarks import oracle
-from fused_act import backends
+from fused_act import dispatch
 from tests import accuracy
 from tests.cases import (
     CASES,
@@ -29,10 +29,9 @@ KINDS = ("forward", "derivative")
 def few_blocks(monkeypatch):
     """The interpreter takes its time for a block, whatever its size: let it take 2^20 elements."""
     if INTERPRET:
-        # The others, too, or one that is first imported meanwhile would keep such blocks.
-        from fused_act.backends import triton_kernels, triton_mirrored, triton_weighted  # noqa: F401
+        from fused_act.backends.triton import elementwise
 
-        monkeypatch.setattr(triton_kernels, "block_size", lambda dtype: 2**20)
+        monkeypatch.setattr(elementwise, "block_size", lambda dtype: 2**20)
 
 
 def pair(case, backend, x):
@@ -71,7 +70,7 @@ def test_fp32_in_every_binade(case, backend):
 def test_from_every_output(case, backend, dtype):
     """So in place too, where elsewhere the input is saved."""
     y = accuracy.outputs(case, dtype)
-    kernels, tolerance = backends.get(backend).ready().kernels[case.name], accuracy.DERIVATIVE
+    kernels, tolerance = dispatch.BACKENDS[backend].ready().kernels[case.name], accuracy.DERIVATIVE
     if INTERPRET and dtype is torch.bfloat16:
         y, tolerance = y[y.abs() >= torch.finfo(dtype).tiny], accuracy.INTERPRETED_BF16
     on_device = y.to(DEVICE)

@@ -1,6 +1,5 @@
 """The public surface: names, modules, backend selection, replacement, errors, import cost."""
 
-import ast
 import concurrent.futures
 import contextlib
 import copy
@@ -13,7 +12,6 @@ import sys
 import time
 import types
 import warnings
-from pathlib import Path
 
 import pytest
 import torch
@@ -21,9 +19,10 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 import fused_act
-from fused_act import activation, ops, replace
-from fused_act.activations import ACTIVATIONS, MISH, RELU6, SWISH
-from fused_act.backends import get
+from fused_act import ops, replace
+from fused_act.activations import ROWS
+from fused_act.dispatch import BACKENDS
+from fused_act.families import base
 from tests.cases import all_cases
 
 # Ours, torch's, and how both are made.
@@ -146,11 +145,13 @@ def test_a_subclass_of_a_function_computes_what_it_says():
 
 def test_public_functions():
     assert issubclass(fused_act.MishFunction, torch.autograd.Function)
-    assert fused_act.MishFunction is MISH.Function
-    assert fused_act.SwishFunction is SWISH.Function
-    assert fused_act.ReLU6Function is RELU6.Function
     functions = {value for name, value in vars(fused_act).items() if name.endswith("Function")}
-    assert functions >= {activation.Function for activation in ACTIVATIONS}
+    assert functions == {row.Function for row in ROWS.values()}
+    for row in ROWS.values():
+        function = row.Function
+        assert getattr(fused_act, f"{row.spelling}Function") is function
+        assert (function.__module__, function.__name__) == ("fused_act", f"{row.spelling}Function")
+        assert pickle.loads(pickle.dumps(function)) is function
     for name in fused_act.__all__:
         assert getattr(fused_act, name).__doc__, name
 
@@ -184,17 +185,17 @@ def test_use_backend_names_what_it_expects():
 
 
 def test_use_backend_is_setter_and_context_manager():
-    assert fused_act.backends.forced is None
+    assert fused_act.dispatch.forced is None
     fused_act.use_backend("torch")
-    assert fused_act.backends.forced is get("torch")
+    assert fused_act.dispatch.forced is BACKENDS["torch"]
     with fused_act.use_backend("auto"):
-        assert fused_act.backends.forced is None
-    assert fused_act.backends.forced is get("torch")
+        assert fused_act.dispatch.forced is None
+    assert fused_act.dispatch.forced is BACKENDS["torch"]
     setting = fused_act.use_backend("auto")
     for _ in range(2):
         fused_act.use_backend("torch")
         with setting:
-            assert fused_act.backends.forced is None
+            assert fused_act.dispatch.forced is None
 
 
 def test_a_backend_loads_once_for_all_threads():
@@ -203,9 +204,9 @@ def test_a_backend_loads_once_for_all_threads():
     def load():
         time.sleep(0.02)
         loads.append(1)
-        return {"mish": MISH.eager}
+        return {"mish": ROWS["mish"].eager}
 
-    backend = fused_act.backends.Backend("slow", lambda: None, load, None)
+    backend = fused_act.dispatch.Backend("slow", lambda: None, load, None)
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
         assert all(found is backend for found in pool.map(lambda _: backend.ready(), range(8)))
     assert loads == [1]
@@ -235,24 +236,24 @@ class CudaTensor(types.SimpleNamespace):
 def test_kernel_or_torch(monkeypatch, unusual, takes_kernel):
     """The one rule, of which a machine without a GPU sees no more than "not CUDA: torch"."""
     best = types.SimpleNamespace(kernels={"mish": "the kernel"})
-    monkeypatch.setattr(activation, "PLAIN", (CudaTensor,))
-    monkeypatch.setattr(fused_act.backends, "automatic", lambda: best)
-    expected = "the kernel" if takes_kernel else MISH.eager
+    monkeypatch.setattr(base, "PLAIN", (CudaTensor,))
+    monkeypatch.setattr(fused_act.dispatch, "automatic", lambda: best)
+    expected = "the kernel" if takes_kernel else ROWS["mish"].eager
     x = CudaTensor(**unusual)
-    assert activation.kernels_for(MISH, x) is expected
+    assert base.kernels_for(ROWS["mish"], x) is expected
     transformed = []
-    torch.func.vmap(lambda t: transformed.append(activation.kernels_for(MISH, x)) or t)(
+    torch.func.vmap(lambda t: transformed.append(base.kernels_for(ROWS["mish"], x)) or t)(
         torch.ones(1)
     )
     with torch.autograd.forward_ad.dual_level():
-        transformed.append(activation.kernels_for(MISH, x))
-    assert transformed == [MISH.eager, MISH.eager]
+        transformed.append(base.kernels_for(ROWS["mish"], x))
+    assert transformed == [ROWS["mish"].eager, ROWS["mish"].eager]
 
 
 def test_triton_launches_on_the_device_of_its_tensor(monkeypatch):
     """A kernel launches on the current device; where one GPU is, nothing else shows it."""
     pytest.importorskip("triton")
-    from fused_act.backends import triton_kernels
+    from fused_act.backends.triton import elementwise
 
     events = []
 
@@ -268,7 +269,7 @@ def test_triton_launches_on_the_device_of_its_tensor(monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "device_of", device_of)
     x = torch.zeros(5)
-    triton_kernels.launch(Kernel(), x)
+    elementwise.launch(Kernel(), x)
     assert events == [x, (1,), "left"]
 
 
@@ -288,7 +289,7 @@ def test_unfit_gpus_are_named(monkeypatch, capability, hip, reason):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
     monkeypatch.setattr(torch.version, "hip", hip)
-    found = fused_act.backends.gpu_unavailable()
+    found = fused_act.dispatch.gpu_unavailable()
     assert found is None if reason is None else reason in found
 
 
@@ -298,7 +299,7 @@ def test_unavailable_backend_says_why_and_changes_nothing(name):
         pytest.skip(f"{name} is available here")
     with pytest.raises(RuntimeError, match=f"'{name}' is not available: .*"):
         fused_act.use_backend(name)
-    assert fused_act.backends.forced is None
+    assert fused_act.dispatch.forced is None
 
 
 def test_torch_is_always_available_and_last():
@@ -487,40 +488,13 @@ def test_report_names_every_backend():
         assert f"  {name:8} not available: " in output
 
 
-ROOT = Path(__file__).parent.parent
-GENERIC = [
-    *(ROOT / "fused_act" / f"{name}.py" for name in ("activation", "weighted", "mirrored", "ops")),
-    ROOT / "fused_act" / "rematerialization.py",
-    *(
-        path
-        for path in (ROOT / "fused_act" / "backends").glob("*.py")
-        if path.name != "triton_activations.py"
-    ),
-    *(ROOT / "csrc" / f"{name}.cuh" for name in ("math", "elementwise", "weighted", "mirrored")),
-]
-
-
-@pytest.mark.parametrize("path", GENERIC, ids=lambda path: path.name)
-def test_generic_code_names_no_activation(path):
-    """But for examples, in comments and docstrings."""
-    text = path.read_text()
-    if path.suffix == ".py":
-        tree = ast.parse(text)
-        for node in ast.walk(tree):
-            if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
-                node.value.value = ""
-        text = ast.unparse(tree)
-    else:
-        text = re.sub(r"//.*", "", text)
-    names = "|".join(row.name.replace("_", "_?") for row in ops.ROWS)
-    assert not re.findall(rf"(?i)(?<![a-z])(?:{names})(?![a-z])", text)
-
-
 @pytest.mark.parametrize("name", ["torch", "triton", "cuda"])
 def test_every_backend_has_every_row(name):
     """Or a forced one would fail with a KeyError."""
-    kernels = get(name).ready().kernels if name == "torch" else ops.kernels(f"fused_act_{name}")
-    assert kernels.keys() == {row.name for row in ops.ROWS}
+    kernels = (
+        BACKENDS[name].ready().kernels if name == "torch" else ops.kernels(f"fused_act_{name}")
+    )
+    assert kernels.keys() == ROWS.keys()
 
 
 def test_forced_torch_computes_what_has_weights_or_is_mirrored():

@@ -15,8 +15,10 @@ import torch
 from benchmarks import compare_memory, compare_speed, environment, providers, timing
 from benchmarks.compare_speed import Case, Method
 from benchmarks.providers import DTYPES, PROVIDERS, Provider
-from fused_act.activations import ACTIVATIONS, MISH, RELU6
+from fused_act.activations import FAMILIES, ROWS
 from fused_act.backends.triton import INTERPRET
+
+ELEMENTWISE = FAMILIES["elementwise"]
 
 ATEN = next(provider for provider in PROVIDERS if provider.name == "aten")
 
@@ -159,7 +161,9 @@ def test_flag_gems_is_timed_where_it_has_the_op(monkeypatch):
     monkeypatch.setitem(sys.modules, "flag_gems.ops", gems)
     x, grad_output = torch.randn(2, 16)
     offered = set()
-    for activation, direction in itertools.product(ACTIVATIONS, ("forward", "backward")):
+    for activation, direction in itertools.product(
+        FAMILIES["elementwise"], ("forward", "backward")
+    ):
         kernels, parameters = (
             make(activation) for make in (providers.flag_gems_kernels, providers.parameters)
         )
@@ -246,7 +250,7 @@ class Clock:
 
 
 CLOCK = Clock()
-SMALL = Case(MISH, "fp32", 2**10, "contiguous")
+SMALL = Case(ROWS["mish"], "fp32", 2**10, "contiguous")
 
 
 def measure(functions, case=SMALL, launches=("call",), direction="forward", **options):
@@ -318,7 +322,7 @@ def test_small_tensors_run_in_graphs_too_but_not_backward_through_autograd():
         numel: {
             (row["provider"], row["api"], row["direction"])
             for row in compare_speed.measure(
-                Case(MISH, "fp32", numel, "contiguous"), [ATEN], method
+                Case(ROWS["mish"], "fp32", numel, "contiguous"), [ATEN], method
             )
             if row["launch"] == "graph"
         }
@@ -332,7 +336,7 @@ def test_small_tensors_run_in_graphs_too_but_not_backward_through_autograd():
     assert found == {compare_speed.SMALL: expected, 2 * compare_speed.SMALL: set()}
 
 
-@pytest.mark.parametrize("activation", ACTIVATIONS, ids=lambda activation: activation.name)
+@pytest.mark.parametrize("activation", ELEMENTWISE, ids=lambda activation: activation.name)
 def test_kernels_and_public_functions_compute_what_they_are_timed_for(activation):
     x, grad_output = torch.randn(2, 64)
     parameters = providers.parameters(activation)
@@ -367,7 +371,7 @@ def test_kernels_and_public_functions_compute_what_they_are_timed_for(activation
 @pytest.mark.parametrize("layout", compare_speed.LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_layouts(layout, dtype):
-    case = Case(RELU6, dtype, 2**10, layout)
+    case = Case(ROWS["relu6"], dtype, 2**10, layout)
     x = case.tensor("cpu")
     assert (x.dtype, x.numel()) == (DTYPES[dtype], case.numel())
     assert x.float().std() > 0.5  # all of it is drawn
@@ -734,10 +738,12 @@ def test_memory_of_a_stack(monkeypatch):
         for provider in compared
         for method in compare_memory.METHODS
     ]
-    contenders = [each for each in contenders if each.can(MISH, compare_memory.CASES[name], False)]
+    contenders = [
+        each for each in contenders if each.can(ROWS["mish"], compare_memory.CASES[name], False)
+    ]
     rows = {
         (row["provider"], row["method"]): row
-        for row in compare_memory.rows_of(MISH, "fp32", name, contenders)
+        for row in compare_memory.rows_of(ROWS["mish"], "fp32", name, contenders)
     }
     found = {
         key: [row[column] for column in ("by_activations", "by_norms", "by_layers")]
@@ -764,7 +770,7 @@ def test_memory_of_a_stack(monkeypatch):
 def test_memory_of_a_mask():
     (triton,) = (each for each in PROVIDERS if each.name == "triton")
     contender = compare_memory.Contender(triton, True, "")
-    (row,) = compare_memory.rows_of(RELU6, "bf16", "alone", [contender])
+    (row,) = compare_memory.rows_of(ROWS["relu6"], "bf16", "alone", [contender])
     assert [row[kind] for kind in compare_memory.KINDS] == [1 / 8, 0, 0, 0, 0]
     assert row["saved_bytes"] == 1 / 8
 

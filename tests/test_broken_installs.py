@@ -21,7 +21,7 @@ import pytest
 import torch
 
 import fused_act
-from fused_act import backends
+from fused_act import dispatch
 from fused_act.backends import cuda
 
 COMPILER = shutil.which("gcc") or shutil.which("clang")
@@ -66,7 +66,7 @@ with warnings.catch_warnings(record=True) as warned_on_cpu:
         equal &= torch.equal(*gradients)
 with warnings.catch_warnings(record=True) as warned:
     for _ in range(2):
-        selected = fused_act.backends.automatic()  # as at the first CUDA tensor, and the second
+        selected = fused_act.dispatch.automatic()  # as at the first CUDA tensor, and the second
     if selected.name == "torch":
         equal &= torch.equal(selected.kernels["mish"].forward(x), F.mish(x))
 errors = {{}}
@@ -312,4 +312,4 @@ def test_broken_install(tmp_path, driver, breaks, cuda_reason, triton_reason):
     ],
 )
 def test_versions_compare_as_numbers(version, older):
-    assert backends.older(version, (3, 6)) is older
+    assert dispatch.older(version, (3, 6)) is older

@@ -14,7 +14,7 @@ from torch._functorch.aot_autograd import aot_module_simplified, make_boxed_func
 from torch._inductor.utils import fresh_cache
 
 import fused_act
-from fused_act.activation import digest, kernels_for
+from fused_act.families.base import digest, kernels_for
 from tests.cases import CASES, all_cases, all_dtypes
 
 pytestmark = pytest.mark.skipif(

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from fused_act import ops
-from fused_act.backends import cuda, get
+from fused_act.activations import FAMILIES, ROWS
+from fused_act.backends import cuda
 
 ROOT = Path(__file__).parent.parent
 
@@ -59,8 +59,8 @@ def test_needs_no_newer_torch_than_is_asked_for():
 @built
 def test_loads_on_any_torch_and_implements_every_op():
     cuda.load()
-    for row in ops.ROWS:
-        for op in ops.raw_ops(row).values():
+    for row in ROWS.values():
+        for op in row.raw_ops().values():
             name = f"fused_act_cuda::{op.name}"
             assert torch._C._dispatch_has_kernel_for_dispatch_key(name, "CUDA"), name
 
@@ -79,12 +79,13 @@ def test_refuses_cpu_tensors_clearly():
 def test_unavailable_without_a_gpu_says_so():
     if torch.cuda.is_available():
         pytest.skip("has a GPU")
-    assert "no CUDA GPU" in get("cuda").unavailable()
+    assert "no CUDA GPU" in cuda.unavailable()
 
 
-def test_every_op_guards_its_device():
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_op_guards_its_device(family):
     """A kernel launches on the current device; where one GPU is, nothing else shows it."""
-    source = (ROOT / "csrc" / "ops.cu").read_text()
+    source = (ROOT / "csrc" / f"{family}_ops.cuh").read_text()
     implementations = set(re.findall(r"TORCH_BOX\(&O::(?:template )?(\w+)", source))
     assert implementations
     for name in implementations:

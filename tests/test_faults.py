@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import fused_act
-from fused_act.backends import get
+from fused_act.dispatch import BACKENDS
 from tests import accuracy, faults
 from tests.cases import CASES, DEVICE, all_backends, all_cases
 
@@ -64,7 +64,7 @@ def test_forced_backend_refuses_or_is_right(case, backend, unusual):
     if unusual.forced is None:
         accuracy.assert_near(case, "forward", case.function(x), x.resolve_neg())
         return
-    devices = " or ".join(get(backend).device_types)
+    devices = " or ".join(BACKENDS[backend].device_types)
     pattern = unusual.forced.pattern(op=case.name, backend=backend, devices=devices)
     with pytest.raises(unusual.forced.error, match=f"^{pattern}"):
         case.function(x)
@@ -88,4 +88,4 @@ def test_wrong_calls(case, wrong):
 @all_calls
 def test_wrong_calls_of_a_forced_backend(case, backend, wrong):
     check_call(case, wrong)
-    assert fused_act.backends.forced is get(backend)
+    assert fused_act.dispatch.forced is BACKENDS[backend]

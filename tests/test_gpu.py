@@ -28,7 +28,7 @@ def forward_backward(case, x, grad_output):
 @all_cases
 def test_auto_takes_a_kernel(case):
     x = torch.randn(3, device="cuda", requires_grad=True)
-    function = f"{case.name.title().replace('_', '')}Function"
+    function = f"{case.activation.spelling}Function"
     assert type(case.function(x).grad_fn).__name__.startswith(function)
 
 

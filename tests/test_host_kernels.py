@@ -10,7 +10,7 @@ import math
 import pytest
 import torch
 
-from fused_act.backends import DTYPES
+from fused_act.dispatch import DTYPES
 from tests import accuracy
 from tests.cases import CASES, LARGE, SIZES, Guarded, all_cases, all_dtypes, passes, unpack_mask
 

@@ -14,7 +14,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import fused_act
 from fused_act import ops
-from fused_act.backends import DTYPES
+from fused_act.dispatch import DTYPES
 from tests import accuracy, sanitize
 from tests.cases import (
     BACKENDS,
@@ -76,7 +76,7 @@ def test_saves_once(case, backend):
     if case.activation.saves != "mask":
         kept = {"x": x, "y": y}[case.activation.saves]
         assert storages == {kept.untyped_storage().data_ptr()}
-    name = case.name.title().replace("_", "")
+    name = case.activation.spelling
     assert type(y.grad_fn).__name__.startswith(f"{name}Function")
 
 

@@ -10,6 +10,8 @@ import pytest
 import torch
 
 from fused_act import ops
+from fused_act.backends import triton
+from fused_act.families import elementwise, raw_op
 from tests import accuracy
 from tests.cases import (
     BACKENDS,
@@ -96,13 +98,13 @@ def test_negative_bit_views(case, backend):
 @pytest.mark.parametrize("backend", BACKENDS[:1])
 def test_one_by_one_images_are_not_copied(backend):
     """channels_last and contiguous differ there in strides that nothing steps by."""
-    from fused_act.backends.triton_kernels import with_layout_of
+    from fused_act.backends.triton.tiles import with_stride
 
     contiguous = torch.randn(3, 5, 1, 1, device=DEVICE)
     channels_last = contiguous.as_strided((3, 5, 1, 1), (5, 1, 5, 5))
-    assert with_layout_of(channels_last, contiguous) is contiguous
+    assert with_stride(contiguous, channels_last.stride()) is contiguous
     other = torch.randn(5, 3, 1, 1, device=DEVICE).transpose(0, 1)
-    copy = with_layout_of(contiguous, other)
+    copy = with_stride(other, contiguous.stride())
     assert copy.stride() == contiguous.stride()
     assert torch.equal(copy, other)
 
@@ -125,8 +127,6 @@ def test_nothing_outside_out_is_written(case, backend, dtype):
 @all_dtypes
 def test_nothing_outside_an_allocation_is_written(case, backend, dtype, monkeypatch):
     """y, mask and grad_input, which the Triton backend allocates, each between guard bands."""
-    from fused_act.backends import triton_kernels
-
     allocated = []
 
     def empty_strided(size, stride, dtype, device):
@@ -139,15 +139,16 @@ def test_nothing_outside_an_allocation_is_written(case, backend, dtype, monkeypa
         return empty_strided(x.shape, stride, x.dtype, x.device)
 
     class Torch:
-        """torch, as triton_kernels sees it, with guarded allocations."""
+        """torch, as what allocates sees it, with guarded allocations."""
 
         __getattr__ = staticmethod(functools.partial(getattr, torch))
 
     guarded = Torch()
     guarded.empty_like, guarded.empty_strided = empty_like, empty_strided
-    guarded.empty = lambda size, dtype, device: empty_strided((size,), (1,), dtype, device)
-    monkeypatch.setattr(triton_kernels, "torch", guarded)
-    kernels = triton_kernels.implementations(case.activation)
+    guarded.empty = lambda size, dtype, device: empty_strided(size, (1,), dtype, device)
+    monkeypatch.setattr(raw_op, "torch", guarded)
+    monkeypatch.setattr(elementwise, "torch", guarded)
+    kernels = triton.implementations(case.activation)
     for size in SIZES:
         x = 4 * torch.randn(size, device=DEVICE).to(dtype)
         grad_output = torch.randn_like(x)

@@ -15,10 +15,12 @@ import torch
 
 from benchmarks import compare_instructions, machine_code
 from benchmarks.machine_code import Instruction, Kernel
-from fused_act.activations import ACTIVATIONS, MIRRORED, MISH, WEIGHTED
+from fused_act.activations import FAMILIES, ROWS
 from fused_act.backends import triton
 from fused_act.backends.cuda import extension
 from tests.cases import all_dtypes, both_16_bit_dtypes
+
+ELEMENTWISE = FAMILIES["elementwise"]
 
 MAKEFILE = Path(__file__).parent.parent / "Makefile"
 
@@ -125,10 +127,10 @@ def skip_unless_counted(backend):
 )
 def test_every_triton_kernel_compiles(row, direction, masked):
     """`make test` runs this with the oldest Triton that is supported, too."""
-    elementwise = row in ACTIVATIONS
+    elementwise = row.family == "elementwise"
     compile_ = machine_code.triton_kernel if elementwise else machine_code.triton_matrix_kernel
     assert compile_(row, direction, masked, torch.bfloat16, 90).accesses("STG")
-    if row in WEIGHTED:  # the above is for a weight of each row
+    if row.family == "weighted":  # the above is for a weight of each row
         machine_code.compile_triton_weighted(row, direction, True, torch.bfloat16, 90)
 
 
@@ -227,7 +229,7 @@ def test_results_round_to_nearest(backend, activation, direction, masked, dtype)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("activation", ACTIVATIONS[:2], ids=lambda activation: activation.name)
+@pytest.mark.parametrize("activation", ELEMENTWISE[:2], ids=lambda activation: activation.name)
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 @all_dtypes
 def test_one_exponential_one_reciprocal(backend, activation, direction, dtype):
@@ -269,7 +271,7 @@ def test_cuda_addresses_have_64_bits():
     # Five widths for each 16-bit dtype, four for fp32. What is mirrored has no 32-byte accesses; it
     # has two kernels forward, one backward.
     mirrored = sum("mirrored" in kernel for kernel in found)
-    assert mirrored == len(MIRRORED) * 3 * (4 + 4 + 3)
+    assert mirrored == len(FAMILIES["mirrored"]) * 3 * (4 + 4 + 3)
     assert len(found) - mirrored == len(KERNELS) * (5 + 5 + 4)
     for kernel, uses in found.items():
         assert uses, kernel
@@ -356,7 +358,7 @@ def test_warps_that_registers_allow(registers, threads, capability, warps):
     ],
 )
 def test_prediction(direction, masked, dtype, budget):
-    case = compare_instructions.Case(MISH, direction, masked, dtype)
+    case = compare_instructions.Case(ROWS["mish"], direction, masked, dtype)
     store = Instruction(0, "", "STG.E.128", "")
     share = {}
     for count in (30, 60, 120):
@@ -375,7 +377,7 @@ def test_prediction(direction, masked, dtype, budget):
 
 
 def test_special_functions_limit_the_prediction():
-    case = compare_instructions.Case(MISH, "forward", False, torch.float16)
+    case = compare_instructions.Case(ROWS["mish"], "forward", False, torch.float16)
     code = [Instruction(0, "", "STG.E.128", ""), Instruction(1024, "", "EXIT", "")]
     code[1:1] = [Instruction(16 * i, "", "MUFU.EX2", "") for i in range(1, 63)]
     kernel = Kernel("", code, 32, 256, torch.float16)

@@ -12,8 +12,8 @@ import torch
 
 import fused_act
 from fused_act import ops
-from fused_act.activations import MIRRORED, RELU6
-from fused_act.mirrored import MirroredActivation
+from fused_act.activations import ROWS
+from fused_act.families.mirrored import Mirrored
 from tests.cases import (
     DEVICE,
     GRAD_LAYOUTS,
@@ -28,7 +28,7 @@ from tests.cases import (
 
 pytestmark = pytest.mark.usefixtures("forced")
 
-(CRELU,) = MIRRORED
+CRELU = ROWS["crelu"]
 # Around the ends of mask bytes and of tiles, which have 4,096 bytes.
 COLUMNS = (1, 2, 7, 8, 9, 15, 16, 17, 24, 48, 63, 1023, 1024, 1025, 2048, 2056, 4097)
 
@@ -95,7 +95,7 @@ def test_sizes_and_guard_bands(backend, dtype, monkeypatch):
     """Rows of every length; nothing outside y, mask and grad_input is written."""
     allocated = []
     if backend == "triton":
-        from fused_act.backends import triton_mirrored
+        from fused_act.families import raw_op
 
         def empty_strided(size, stride, dtype, device):
             numel = torch.Size(size).numel()
@@ -104,7 +104,7 @@ def test_sizes_and_guard_bands(backend, dtype, monkeypatch):
             return inside.as_strided(size, stride, inside.storage_offset())
 
         class Torch:
-            """torch, as triton_mirrored sees it, with guarded allocations."""
+            """torch, as what allocates sees it, with guarded allocations."""
 
             __getattr__ = staticmethod(functools.partial(getattr, torch))
 
@@ -113,7 +113,7 @@ def test_sizes_and_guard_bands(backend, dtype, monkeypatch):
         guarded.empty = lambda size, dtype, device: empty_strided(
             size, torch.empty(size, device="meta").stride(), dtype, device
         )
-        monkeypatch.setattr(triton_mirrored, "torch", guarded)
+        monkeypatch.setattr(raw_op, "torch", guarded)
     for i, columns in enumerate(COLUMNS):
         x = 4 * torch.randn((1, 3, 67)[i % 3] if columns < 64 else 3, columns, device=DEVICE)
         assert_as_torch(fused_act.crelu, x.to(dtype), 1, torch.randn_like)
@@ -202,11 +202,11 @@ def test_opcheck(backend, layout):
 def test_driver_takes_another_activation(backend):
     """It knows none by name."""
     if backend != "triton":
-        pytest.skip("csrc/ops.cu has no other mirrored activation")
-    from fused_act.backends import triton_mirrored
+        pytest.skip("csrc/register.cu has no other mirrored activation")
+    from fused_act.backends import triton
 
-    row = MirroredActivation(name="mirrored", activation=RELU6)
-    run = triton_mirrored.implementations(row)
+    row = Mirrored(name="mirrored", spelling="MirroredReLU6", derived_from=ROWS["relu6"])
+    run = triton.implementations(row)
     x = (6 * torch.randn(5, 3, 11, device=DEVICE)).requires_grad_()
     expected = row.torch_forward(x, 2)
     assert_equal(run["mirrored"](x.detach(), 2), expected.detach())

@@ -16,9 +16,9 @@ from torch._inductor import metrics
 
 import fused_act
 from benchmarks import machine_code
-from fused_act import ops
-from fused_act.backends import DTYPES
-from fused_act.mirrored import Layout
+from fused_act.dispatch import DTYPES
+from fused_act.families.mirrored import Layout
+from fused_act.families.raw_op import is_dense
 from tests import host_kernels
 from tests.cases import LAYOUTS, Guarded, all_dtypes, both_16_bit_dtypes
 from tests.test_machine_code import (
@@ -37,7 +37,7 @@ def test_result_is_dense_in_the_order_of_x(layout):
     x = torch.empty_like(LAYOUTS[layout](dtype=torch.float32))
     for dim in range(x.dim()):
         made = Layout.of(x.shape, x.stride(), dim)
-        assert ops.is_dense(made.shape, made.stride)
+        assert is_dense(made.shape, made.stride)
         assert made.rows * made.columns == x.numel()
         stepped = [i for i in range(x.dim()) if x.shape[i] > 1]
         if x.numel() > 0:

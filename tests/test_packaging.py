@@ -90,7 +90,14 @@ def test_isolated_build(tmp_path):
         names = {name.partition("/")[2] for name in sdist.getnames()}
     assert names >= {
         *("setup.py", "pyproject.toml", "README.md", "LICENSE", "CHANGELOG.md", "Makefile"),
-        *("csrc/ops.cu", "csrc/math.cuh", "fused_act/py.typed", "fused_act/backends/triton.py"),
+        *(
+            "csrc/register.cu",
+            "csrc/math.cuh",
+            "csrc/tensors.h",
+            "fused_act/py.typed",
+            "fused_act/families/base.py",
+            "fused_act/backends/triton/__init__.py",
+        ),
         *("tests/cases.py", "tests/host_kernels.cpp", "benchmarks/compare_speed.py"),
     }
     assert not [name for name in names if name.endswith((".so", ".pyc"))]

@@ -7,7 +7,7 @@ On a GPU both backends run. Without one the Triton kernels run in the interprete
 import pytest
 import torch
 
-from fused_act.backends import DTYPES
+from fused_act.dispatch import DTYPES
 from tests import accuracy
 from tests.cases import BACKENDS, CASES, DEVICE
 from tests.test_layouts import check

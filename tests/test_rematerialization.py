@@ -295,6 +295,30 @@ def test_every_row_of_activations(case, way):
                 assert_same(run(graph, function, remat(**options)), theirs)
 
 
+class Doubled(fused_act.MishFunction):
+    """A user's Function, which says that it saves what ours does and computes something else."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return 2 * fused_act.MishFunction.forward(ctx, x)
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        return fused_act.MishFunction.backward(ctx, 2 * grad_output)[0]
+
+
+def test_subclass_of_a_function_is_kept():
+    def gradients():
+        x = torch.linspace(-3, 3, 64).reshape(1, 4, 4, 4).requires_grad_()
+        y, parameters = conv(Doubled.apply(x), 0)
+        return torch.autograd.grad(y.square().sum(), [x, *parameters])
+
+    expected = gradients()
+    with remat():
+        found = gradients()
+    assert all(map(torch.equal, found, expected))
+
+
 @all_rows
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("options", [{}, {"norm": True}], ids=["", "norm"])
@@ -598,7 +622,7 @@ def test_norm_that_differs_the_second_time_is_kept(monkeypatch):
     def other(x, *args):
         return (torch.native_batch_norm(x, *args)[0] * (1 + 2**-20),)
 
-    monkeypatch.setitem(rematerialization.NORMS, "NativeBatchNormBackward0", other)
+    monkeypatch.setitem(rematerialization.NORMS, "NativeBatchNormBackward0", (other, "eps"))
     monkeypatch.setattr(rematerialization, "SAME_BITS", {})
     network = stack(fused_act.Mish, norm=True)
     x = torch.randn(2, 1, 16, 16)

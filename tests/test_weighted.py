@@ -20,21 +20,20 @@ import torch.nn.functional as F
 
 import fused_act
 from benchmarks import machine_code, oracle
-from fused_act.activations import WEIGHTED
-from fused_act.backends import DTYPES
+from fused_act.activations import FAMILIES
 from fused_act.backends.cuda import extension
+from fused_act.dispatch import DTYPES
 from tests import accuracy, host_kernels
 from tests.cases import DEVICE, INTERPRET, Guarded, all_backends, all_dtypes, random
 from tests.test_machine_code import BACKENDS as COMPILED
 from tests.test_machine_code import CAPABILITIES, extension_kernels, skip_unless_counted
 
 FUNCTIONS = {"prelu": fused_act.prelu, "learnable_swish": fused_act.swish}
-STRUCTS = {"prelu": "PReLU", "learnable_swish": "Swish"}
 WEIGHTS = {
     "prelu": (0.25, -0.5, 0.0, 1.0, 3.0),
     "learnable_swish": (1.0, -2.0, 0.0, 0.5, 8.0),
 }
-all_rows = pytest.mark.parametrize("row", WEIGHTED, ids=lambda row: row.name)
+all_rows = pytest.mark.parametrize("row", FAMILIES["weighted"], ids=lambda row: row.name)
 interpreted_or_gpu = pytest.mark.usefixtures("forced")
 
 # What one element adds to the gradient of a weight, a sum in fp32, in ULP of fp32: for a 16-bit x,
@@ -101,14 +100,15 @@ def weighted_libraries(tmp_path_factory):
     folder, root = tmp_path_factory.mktemp("weighted"), Path(__file__).parent
     include = Path(torch.__file__).parent / "include"
     builds = {}
-    for name, struct in STRUCTS.items():
+    for row in FAMILIES["weighted"]:
         command = [
             host_kernels.COMPILER,
-            *("-std=c++20", "-O2", "-shared", "-fPIC", f"-I{include}", f"-DACTIVATION={struct}"),
+            *("-std=c++20", "-O2", "-shared", "-fPIC", f"-I{include}"),
+            f"-DACTIVATION={row.pair.spelling}",
             str(root / "host_weighted.cpp"),
-            *("-o", str(folder / f"{name}.so")),
+            *("-o", str(folder / f"{row.name}.so")),
         ]
-        builds[name] = subprocess.Popen(command)
+        builds[row.name] = subprocess.Popen(command)
     assert not any(build.wait() for build in builds.values()), "a host build fails, see above"
     return {name: ctypes.CDLL(str(folder / f"{name}.so")) for name in builds}
 
@@ -170,12 +170,12 @@ def test_functors_on_every_16_bit_input(row, dtype, errors, host_of):
 @all_dtypes
 def test_every_16_bit_input(row, backend, dtype, monkeypatch):
     """Through the kernels, with a weight for each element; fp32 in every binade."""
-    kernels = fused_act.backends.get(backend).ready().kernels[row.name]
+    kernels = fused_act.dispatch.BACKENDS[backend].ready().kernels[row.name]
     if INTERPRET:  # it takes its time for a block, whatever its size
-        from fused_act.backends import triton_weighted
+        from fused_act.backends.triton import weighted
 
         # A block of backward is twice as large, and Triton has none of more than 2^20.
-        monkeypatch.setattr(triton_weighted, "block_size", lambda dtype: 2**19)
+        monkeypatch.setattr(weighted, "block_size", lambda dtype: 2**19)
     x = accuracy.inputs(dtype) if dtype.itemsize == 2 else accuracy.stratified_fp32(64)
     batch = twice(x).to(DEVICE)
     for weight in WEIGHTS[row.name]:
@@ -270,7 +270,7 @@ def test_host_loops(row, layout, per_channel, host_of):
 @pytest.mark.parametrize("per_channel", [False, True], ids=["one", "per_channel"])
 def test_layouts_and_sums(row, backend, layout, per_channel, forced):
     """Strides as torch has them, sums as in float64, and twice the same bits."""
-    kernels = fused_act.backends.get(backend).ready().kernels[row.name]
+    kernels = fused_act.dispatch.BACKENDS[backend].ready().kernels[row.name]
     for shape, dtype in shapes_and_dtypes(layout):
         x, weight = inputs(shape, layout, dtype, per_channel)
         grad_output = torch.randn_like(x)
@@ -306,7 +306,7 @@ def test_a_gradient_that_does_not_reach_the_weight_adds_nothing(row, host_of):
 @all_backends
 def test_raw_ops_pass_opcheck(row, backend):
     namespace = getattr(torch.ops, f"fused_act_{backend}")
-    fused_act.backends.get(backend).ready()
+    fused_act.dispatch.BACKENDS[backend].ready()
     for layout, per_channel in itertools.product(PERMUTATIONS, (False, True)):
         x, weight = inputs((3, 4, 5), layout, torch.float32, per_channel)
         torch.library.opcheck(getattr(namespace, row.name).default, (x, weight))
@@ -320,7 +320,7 @@ def test_raw_ops_pass_opcheck(row, backend):
 @all_backends
 def test_raw_ops_refuse_what_kernels_cannot_take(row, backend):
     op = getattr(getattr(torch.ops, f"fused_act_{backend}"), row.name)
-    fused_act.backends.get(backend).ready()
+    fused_act.dispatch.BACKENDS[backend].ready()
     x = torch.randn(2, 3, 4, device=DEVICE)
     for weight, error, text in (
         (torch.ones(4, device=DEVICE), ValueError, r"shape \(1,\) or \(3,\)"),
@@ -533,9 +533,7 @@ def compiled(backend, row, direction, by_column, dtype, capability):
         kernel = machine_code.compile_triton_weighted(row, direction, by_column, dtype, capability)
         return machine_code.code_of(kernel, row.name, dtype)
     kernels = extension_kernels(capability)
-    return machine_code.cuda_weighted_kernel(
-        kernels, STRUCTS[row.name], direction, by_column, dtype
-    )
+    return machine_code.cuda_weighted_kernel(kernels, row, direction, by_column, dtype)
 
 
 @pytest.mark.skipif(extension() is None, reason="needs the CUDA extension")
@@ -548,9 +546,9 @@ def test_narrow_accesses_spill_little(row, by_column, dtype):
     for direction, width in itertools.product(("forward", "backward"), (1, 2, 4)):
         if width * dtype.itemsize == 16:
             continue
-        variant = f"{width}, {str(by_column).lower()}, fused_act::{STRUCTS[row.name]}"
+        variant = f"{width}, {str(by_column).lower()}, fused_act::{row.pair.spelling}"
         variant += f", {machine_code.CUDA_TYPES[dtype]}"
-        (name,) = (name for name in kernels if f"weighted_{direction}_kernel<{variant}>" in name)
+        (name,) = (name for name in kernels if f"weighted::{direction}_kernel<{variant}>" in name)
         local = [one for one in kernels[name].instructions if one.opcode[:3] in ("LDL", "STL")]
         assert len(local) <= 64
         assert kernels[name].registers <= 128

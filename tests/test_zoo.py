@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 import fused_act
-from fused_act import activation
+from fused_act.families import base, elementwise
 
 pytestmark = [pytest.mark.zoo, pytest.mark.usefixtures("one_thread")]
 
@@ -111,8 +111,8 @@ def assert_equal(ours, theirs):
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 def test_replaced_model_computes_the_same(models, training, monkeypatch):
     original, replaced, x = models
-    called, rule = [], activation.kernels_for
-    monkeypatch.setattr(activation, "kernels_for", lambda *args: called.append(1) or rule(*args))
+    called, rule = [], base.kernels_for
+    monkeypatch.setattr(elementwise, "kernels_for", lambda *args: called.append(1) or rule(*args))
     ours = run(replaced.train(training), x)
     assert len(called) == len(activations(replaced))
     assert_equal(ours, run(original.train(training), x))

@@ -1,20 +1,31 @@
 """The activations, a file each. What is listed here gets ops, tests and benchmarks by itself."""
 
-from fused_act.activations.crelu import CRELU
-from fused_act.activations.leaky_relu import LEAKY_RELU
-from fused_act.activations.mish import MISH
-from fused_act.activations.prelu import PRELU
-from fused_act.activations.relu import RELU
-from fused_act.activations.relu6 import RELU6
-from fused_act.activations.selu import SELU_ROW
-from fused_act.activations.sigmoid import SIGMOID
-from fused_act.activations.swish import LEARNABLE_SWISH, SWISH
-from fused_act.activations.tanh import TANH
+from fused_act.activations import (
+    crelu,
+    leaky_relu,
+    mish,
+    prelu,
+    relu,
+    relu6,
+    selu,
+    sigmoid,
+    swish,
+    tanh,
+)
 
-ACTIVATIONS = (MISH, SWISH, RELU6, SIGMOID, TANH, RELU, LEAKY_RELU, SELU_ROW)
-
-# Those with a learnable weight.
-WEIGHTED = (PRELU, LEARNABLE_SWISH)
-
-# Those of x and of -x, side by side.
-MIRRORED = (CRELU,)
+# The only list of activations, by the family whose modules they go through.
+FAMILIES = {
+    "elementwise": (
+        mish.ROW,
+        swish.ROW,
+        relu6.ROW,
+        sigmoid.ROW,
+        tanh.ROW,
+        relu.ROW,
+        leaky_relu.ROW,
+        selu.ROW,
+    ),
+    "weighted": (prelu.ROW, swish.LEARNABLE_ROW),
+    "mirrored": (crelu.ROW,),
+}
+ROWS = {row.name: row for rows in FAMILIES.values() for row in rows}

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from torch.jit import is_scripting
 
-from fused_act.activations.relu import RELU
-from fused_act.mirrored import MirroredActivation, activate_mirrored
+from fused_act.activations import relu
+from fused_act.families.mirrored import Mirrored
 
-CRELU = MirroredActivation(name="crelu", activation=RELU)
+ROW = Mirrored(name="crelu", spelling="CReLU", derived_from=relu.ROW)
 
 
 def crelu(x: Tensor, dim: int = 1) -> Tensor:
@@ -38,10 +38,10 @@ def crelu(x: Tensor, dim: int = 1) -> Tensor:
     """
     if is_scripting():
         return torch.cat([torch.relu(x), torch.relu(-x)], dim)
-    return activate_mirrored(CRELU, x, dim)
+    return ROW.activate(x, dim)
 
 
-CReLUFunction = CRELU.Function
+CReLUFunction = ROW.Function
 CReLUFunction.__doc__ = """`CReLUFunction.apply(x, dim)`: CReLU as a Function. Saves bits."""
 
 

@@ -13,7 +13,9 @@ from torch import Tensor
 from torch.autograd.graph import Node
 from torch.jit import is_scripting
 
-from fused_act.activation import Activation, activate, as_float
+from fused_act._torch_private import saved
+from fused_act.families.base import as_float
+from fused_act.families.elementwise import Elementwise
 
 LARGEST_SLOPE = torch.finfo(torch.float32).max
 
@@ -23,11 +25,12 @@ def torch_backward(grad_output: Tensor, x: Tensor, negative_slope: float) -> Ten
 
 
 def torch_node(node: Node) -> tuple[float] | None:
-    return (node._saved_negative_slope,) if node.name() == "LeakyReluBackward0" else None
+    return (saved(node, "negative_slope"),) if node.name() == "LeakyReluBackward0" else None
 
 
-LEAKY_RELU = Activation(
+ROW = Elementwise(
     name="leaky_relu",
+    spelling="LeakyReLU",
     torch_forward=F.leaky_relu,
     torch_backward=torch_backward,
     parameters=("negative_slope",),
@@ -61,10 +64,10 @@ def leaky_relu(x: Tensor, negative_slope: float = 0.01, inplace: bool = False) -
     if is_scripting():
         return F.leaky_relu(x, negative_slope, inplace)
     slope = as_float("leaky_relu", "negative_slope", negative_slope, LARGEST_SLOPE)
-    return activate(LEAKY_RELU, x, inplace, slope)
+    return ROW.activate(x, slope, inplace=inplace)
 
 
-LeakyReLUFunction = LEAKY_RELU.Function
+LeakyReLUFunction = ROW.Function
 LeakyReLUFunction.__doc__ = """`LeakyReLUFunction.apply(x, negative_slope)`. Saves bits."""
 
 

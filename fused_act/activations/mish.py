@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.jit import is_scripting
 
-from fused_act.activation import Activation, activate
+from fused_act.families.elementwise import Elementwise
 
 # Below, e^x is subnormal and results take e^(x/2) twice. torch's own is off by 1.7e7 ULP there.
 TAIL = -87.0
@@ -40,8 +40,9 @@ def derivative(x: Tensor) -> Tensor:
     return torch.where(tail, (1.0 + clamped) * e * e, bulk)
 
 
-MISH = Activation(
+ROW = Elementwise(
     name="mish",
+    spelling="Mish",
     torch_forward=F.mish,
     torch_backward=torch.ops.aten.mish_backward.default,
     forward=forward,
@@ -71,10 +72,10 @@ def mish(x: Tensor, inplace: bool = False) -> Tensor:
     """
     if is_scripting():
         return F.mish(x, inplace)
-    return activate(MISH, x, inplace)
+    return ROW.activate(x, inplace=inplace)
 
 
-MishFunction = MISH.Function
+MishFunction = ROW.Function
 MishFunction.__doc__ = """`MishFunction.apply(x)`: Mish as a Function. Saves `x`."""
 
 

@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.jit import is_scripting
 
-from fused_act.weighted import WeightedActivation, activate_weighted
+from fused_act.families.weighted import Weighted
 
-PRELU = WeightedActivation(name="prelu", torch_forward=F.prelu, autocasts=True)
+ROW = Weighted(name="prelu", spelling="PReLU", torch_forward=F.prelu, autocasts=True)
 
 
 def prelu(x: Tensor, weight: Tensor) -> Tensor:
@@ -37,10 +37,10 @@ def prelu(x: Tensor, weight: Tensor) -> Tensor:
     """
     if is_scripting():
         return F.prelu(x, weight)
-    return activate_weighted(PRELU, x, weight)
+    return ROW.activate(x, weight)
 
 
-PReLUFunction = PRELU.Function
+PReLUFunction = ROW.Function
 PReLUFunction.__doc__ = """`PReLUFunction.apply(x, weight)`: PReLU as a Function. Saves both."""
 
 

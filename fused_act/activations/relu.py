@@ -12,15 +12,16 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.jit import is_scripting
 
-from fused_act.activation import Activation, activate
+from fused_act.families.elementwise import Elementwise
 
 
 def torch_backward(grad_output: Tensor, x: Tensor) -> Tensor:
     return torch.ops.aten.threshold_backward.default(grad_output, x, 0)
 
 
-RELU = Activation(
+ROW = Elementwise(
     name="relu",
+    spelling="ReLU",
     torch_forward=F.relu,
     torch_backward=torch_backward,
     saves="mask",
@@ -48,10 +49,10 @@ def relu(x: Tensor, inplace: bool = False) -> Tensor:
     """
     if is_scripting():
         return F.relu(x, inplace)
-    return activate(RELU, x, inplace)
+    return ROW.activate(x, inplace=inplace)
 
 
-ReLUFunction = RELU.Function
+ReLUFunction = ROW.Function
 ReLUFunction.__doc__ = """`ReLUFunction.apply(x)`: ReLU as a Function. Saves bits."""
 
 

@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.autograd.graph import Node
 from torch.jit import is_scripting
 
-from fused_act.activation import Activation, activate
+from fused_act._torch_private import saved
+from fused_act.families.elementwise import Elementwise
 
 
 def torch_backward(grad_output: Tensor, x: Tensor) -> Tensor:
@@ -24,11 +25,12 @@ def torch_backward(grad_output: Tensor, x: Tensor) -> Tensor:
 def torch_node(node: Node) -> tuple[()] | None:
     if node.name() != "HardtanhBackward0":
         return None
-    return () if (node._saved_min_val, node._saved_max_val) == (0, 6) else None
+    return () if (saved(node, "min_val"), saved(node, "max_val")) == (0, 6) else None
 
 
-RELU6 = Activation(
+ROW = Elementwise(
     name="relu6",
+    spelling="ReLU6",
     torch_forward=F.relu6,
     torch_backward=torch_backward,
     saves="mask",
@@ -57,10 +59,10 @@ def relu6(x: Tensor, inplace: bool = False) -> Tensor:
     """
     if is_scripting():
         return F.relu6(x, inplace)
-    return activate(RELU6, x, inplace)
+    return ROW.activate(x, inplace=inplace)
 
 
-ReLU6Function = RELU6.Function
+ReLU6Function = ROW.Function
 ReLU6Function.__doc__ = """`ReLU6Function.apply(x)`: ReLU6 as a Function. Saves bits."""
 
 

@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.autograd.graph import Node
 from torch.jit import is_scripting
 
-from fused_act.activation import Activation, activate
+from fused_act._torch_private import saved
+from fused_act.families.elementwise import Elementwise
 
 ALPHA = 1.6732632423543772848170429916717
 SCALE = 1.0507009873554804934193349852946
@@ -30,12 +31,13 @@ def torch_node(node: Node) -> tuple[()] | None:
     """A SELU is an ELU with these constants."""
     if node.name() != "EluBackward0":
         return None
-    constants = node._saved_alpha, node._saved_scale, node._saved_input_scale
+    constants = saved(node, "alpha"), saved(node, "scale"), saved(node, "input_scale")
     return () if constants == (ALPHA, SCALE, 1) else None
 
 
-SELU_ROW = Activation(
+ROW = Elementwise(
     name="selu",
+    spelling="SELU",
     torch_forward=F.selu,
     torch_backward=torch_backward,
     torch_backward_from_output=torch_backward_from_output,
@@ -64,10 +66,10 @@ def selu(x: Tensor, inplace: bool = False) -> Tensor:
     """
     if is_scripting():
         return F.selu(x, inplace)
-    return activate(SELU_ROW, x, inplace)
+    return ROW.activate(x, inplace=inplace)
 
 
-SELUFunction = SELU_ROW.Function
+SELUFunction = ROW.Function
 SELUFunction.__doc__ = """`SELUFunction.apply(x)`: SELU as a Function. Saves `x`."""
 
 

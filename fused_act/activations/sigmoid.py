@@ -10,15 +10,16 @@ import torch
 from torch import Tensor
 from torch.jit import is_scripting
 
-from fused_act.activation import Activation, activate
+from fused_act.families.elementwise import Elementwise
 
 
 def torch_forward(x: Tensor, inplace: bool = False) -> Tensor:
     return torch.sigmoid_(x) if inplace else torch.sigmoid(x)
 
 
-SIGMOID = Activation(
+ROW = Elementwise(
     name="sigmoid",
+    spelling="Sigmoid",
     torch_forward=torch_forward,
     torch_backward_from_output=torch.ops.aten.sigmoid_backward.default,
     saves="y",
@@ -45,10 +46,10 @@ def sigmoid(x: Tensor, inplace: bool = False) -> Tensor:
     """
     if is_scripting():
         return torch_forward(x, inplace)
-    return activate(SIGMOID, x, inplace)
+    return ROW.activate(x, inplace=inplace)
 
 
-SigmoidFunction = SIGMOID.Function
+SigmoidFunction = ROW.Function
 SigmoidFunction.__doc__ = """`SigmoidFunction.apply(x)`: Sigmoid as a Function. Saves `y`."""
 
 

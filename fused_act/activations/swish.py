@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.jit import is_scripting
 
-from fused_act.activation import Activation, activate, as_float
-from fused_act.weighted import WeightedActivation, activate_weighted, channels
+from fused_act.families.base import as_float
+from fused_act.families.elementwise import Elementwise
+from fused_act.families.weighted import Weighted, channels
 
 
 def exponential(x: Tensor, beta: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -57,8 +58,9 @@ def torch_backward(grad_output: Tensor, x: Tensor, beta: float) -> Tensor:
     return grad_output * gate.conj() + through_gate * beta
 
 
-SWISH = Activation(
+ROW = Elementwise(
     name="swish",
+    spelling="Swish",
     torch_forward=torch_forward,
     torch_backward=torch_backward,
     forward=forward,
@@ -99,8 +101,12 @@ def checked_learnable(x: Tensor, beta: Tensor) -> Tensor:
     return torch_learnable(x, beta)
 
 
-LEARNABLE_SWISH = WeightedActivation(
-    name="learnable_swish", torch_forward=checked_learnable, takes_fp32=True
+LEARNABLE_ROW = Weighted(
+    name="learnable_swish",
+    spelling="LearnableSwish",
+    torch_forward=checked_learnable,
+    derived_from=ROW,
+    takes_fp32=True,
 )
 
 
@@ -136,24 +142,24 @@ def swish(x: Tensor, beta: float | Tensor = 1.0, inplace: bool = False) -> Tenso
             return torch_learnable(x, beta)
         return torch_forward(x, beta, inplace)
     if not isinstance(beta, (Tensor, torch.fx.Proxy)):
-        return activate(SWISH, x, inplace, as_float("swish", "beta", beta, LARGEST_BETA))
+        return ROW.activate(x, as_float("swish", "beta", beta, LARGEST_BETA), inplace=inplace)
     if inplace:
         raise ValueError("swish: expected inplace=False with a tensor beta, got True")
     if isinstance(x, torch.fx.Proxy):
         return torch_learnable(x, beta)
-    return activate_weighted(LEARNABLE_SWISH, x, beta)
+    return LEARNABLE_ROW.activate(x, beta)
 
 
 def silu(x: Tensor, inplace: bool = False) -> Tensor:
     """SiLU, y = x * sigmoid(x): `swish` with beta = 1. See there (arXiv:1702.03118)."""
     if is_scripting():
         return F.silu(x, inplace)
-    return activate(SWISH, x, inplace, 1.0)
+    return ROW.activate(x, 1.0, inplace=inplace)
 
 
-SwishFunction = SWISH.Function
+SwishFunction = ROW.Function
 SwishFunction.__doc__ = """`SwishFunction.apply(x, beta)`: Swish as a Function. Saves `x`."""
-LearnableSwishFunction = LEARNABLE_SWISH.Function
+LearnableSwishFunction = LEARNABLE_ROW.Function
 LearnableSwishFunction.__doc__ = """`LearnableSwishFunction.apply(x, beta)`, for a tensor `beta`."""
 
 

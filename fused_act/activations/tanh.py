@@ -9,15 +9,16 @@ import torch
 from torch import Tensor
 from torch.jit import is_scripting
 
-from fused_act.activation import Activation, activate
+from fused_act.families.elementwise import Elementwise
 
 
 def torch_forward(x: Tensor, inplace: bool = False) -> Tensor:
     return torch.tanh_(x) if inplace else torch.tanh(x)
 
 
-TANH = Activation(
+ROW = Elementwise(
     name="tanh",
+    spelling="Tanh",
     torch_forward=torch_forward,
     torch_backward_from_output=torch.ops.aten.tanh_backward.default,
     saves="y",
@@ -44,10 +45,10 @@ def tanh(x: Tensor, inplace: bool = False) -> Tensor:
     """
     if is_scripting():
         return torch_forward(x, inplace)
-    return activate(TANH, x, inplace)
+    return ROW.activate(x, inplace=inplace)
 
 
-TanhFunction = TANH.Function
+TanhFunction = ROW.Function
 TanhFunction.__doc__ = """`TanhFunction.apply(x)`: Tanh as a Function. Saves `y`."""
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from fused_act import ops
-from fused_act.backends import Backend, Kernels, gpu_unavailable, older
+from fused_act.dispatch import Backend, Kernels, gpu_unavailable, older
 
 # The extension is built for LibTorch's stable ABI of 2.10 and so loads in any later torch.
 MINIMUM_TORCH = (2, 10)
@@ -64,4 +64,5 @@ BACKEND = Backend(
     unavailable=unavailable,
     load=load,
     device_types=("cuda",),
+    is_installed=lambda: extension() is not None,
 )

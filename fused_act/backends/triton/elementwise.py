@@ -1,4 +1,4 @@
-"""The Triton kernels: one forward, one backward, for every activation; and their launch.
+"""The Triton kernels of elementwise activations: one forward, one backward; and their launch.
 
 A program handles one tile of BLOCK_SIZE consecutive elements, in memory order. The full tiles run
 without a mask, for with `offsets < numel` every access would shrink to one element.
@@ -6,58 +6,30 @@ without a mask, for with `offsets < numel` every access would shrink to one elem
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Sequence
+from collections.abc import Callable
+from functools import partial
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from fused_act import ops
-from fused_act.backends import triton_activations
+from fused_act.backends.triton.activations import functions_of
+from fused_act.backends.triton.tiles import (
+    NUM_WARPS,
+    block_size,
+    load,
+    mask_offsets,
+    pack,
+    store,
+    unpack,
+    with_stride,
+)
+from fused_act.families.elementwise import Elementwise
 
-# 32 bytes a thread: two 16-byte accesses for each input.
-NUM_WARPS = 4
-BYTES_PER_BLOCK = 32 * 32 * NUM_WARPS
 # A ceiling of registers, for warps enough in an SM: 3 % for 16-bit Mish on an H200. Of itself ptxas
 # takes up to 63, most of them for the last tile.
 OPTIONS = {"num_warps": NUM_WARPS, "maxnreg": 40}
-
-
-@triton.jit
-def load(x_ptr, offsets, valid):
-    """Load in fp32; without a mask if every offset is valid, which `valid=None` says."""
-    if valid is None:
-        return tl.load(x_ptr + offsets).to(tl.float32)
-    else:
-        return tl.load(x_ptr + offsets, mask=valid, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def store(y_ptr, offsets, y, valid):
-    if valid is None:
-        tl.store(y_ptr + offsets, y.to(y_ptr.dtype.element_ty))
-    else:
-        tl.store(y_ptr + offsets, y.to(y_ptr.dtype.element_ty), mask=valid)
-
-
-@triton.jit
-def mask_offsets(BLOCK_SIZE: tl.constexpr):
-    """Offsets of the bytes of a tile's mask.
-
-    They are consecutive. Triton is told otherwise, or it makes 16-bit accesses of them, for which
-    the bytes must change threads, through shared memory and a barrier.
-    """
-    return tl.max_contiguous(tl.arange(0, BLOCK_SIZE // 8), 1)
-
-
-@triton.jit
-def pack(passes):
-    """The bytes of a mask: a bit for each of a vector of so many times eight elements."""
-    SIZE: tl.constexpr = passes.shape[0]
-    bits = passes.to(tl.int32) << (tl.arange(0, SIZE) % 8)
-    return tl.sum(tl.reshape(bits, (SIZE // 8, 8)), axis=1).to(tl.uint8)
 
 
 # A tile has two halves, an access a thread each. Both are loaded before the math; then one goes
@@ -142,8 +114,7 @@ def masked_backward_tile(
         mask = tl.load(mask_ptr + start // 8 + bytes_)
     else:
         mask = tl.load(mask_ptr + start // 8 + bytes_, mask=bytes_ * 8 < numel, other=0)
-    bits = (mask.to(tl.int32)[:, None] >> tl.arange(0, 8)[None, :]) & 1
-    grad_input = GRADIENT(grad_output, tl.reshape(bits, (BLOCK_SIZE,)) != 0, *parameters)
+    grad_input = GRADIENT(grad_output, unpack(mask), *parameters)
     store(grad_input_ptr + start, offsets, grad_input, valid)
 
 
@@ -167,11 +138,6 @@ def backward_kernel(
         )  # fmt: skip
 
 
-def block_size(dtype: torch.dtype) -> int:
-    """Elements that a program handles."""
-    return BYTES_PER_BLOCK // dtype.itemsize
-
-
 def launch(kernel, x: Tensor, *arguments) -> None:
     """Launch `kernel`, whose last argument is the block size, over the elements of `x`."""
     numel = x.numel()
@@ -181,47 +147,16 @@ def launch(kernel, x: Tensor, *arguments) -> None:
             kernel[(triton.cdiv(numel, size),)](*arguments, size, **OPTIONS)
 
 
-def has_layout(x: Tensor, stride: Sequence[int]) -> bool:
-    """Whether the elements of `x` lie in memory as `stride` says.
-
-    The stride of a dimension of size 1 is of no account: channels_last 1 x 1 images are contiguous.
-    """
-    if x.stride() == stride:
-        return True
-    strides = zip(x.shape, x.stride(), stride)
-    return all(size == 1 or step == expected for size, step, expected in strides)
-
-
-def with_layout_of(like: Tensor, x: Tensor) -> Tensor:
-    """`x` in the strides of the dense tensor `like`: itself or a copy."""
-    return x if has_layout(x, like.stride()) else torch.empty_like(like).copy_(x)
-
-
-def implementations(activation) -> dict:
-    """The implementation of each raw op of `activation`, by name."""
-    name = activation.name
-    math = {
-        function: getattr(triton_activations, f"{name}_{function}", None)
-        for function in ("forward", "derivative", "derivative_from_output", "passes", "gradient")
-    }
-    masked = activation.saves == "mask"
+def launches(row: Elementwise) -> dict[str, Callable[..., None]]:
+    """What computes the outputs of each raw op of `row`: `launch(outputs, *args)`, by its field."""
+    masked = row.saves == "mask"
+    function, passes = functions_of(row, "forward", "passes" if masked else None)
 
     def run(x, y, mask, parameters):
-        x = with_layout_of(y, x)
-        launch(
-            forward_kernel,
-            x,
-            x,
-            y,
-            mask,
-            x.numel(),
-            parameters,
-            math["forward"],
-            math["passes"],
-        )
+        x = with_stride(x, y.stride())
+        launch(forward_kernel, x, x, y, mask, x.numel(), parameters, function, passes)
 
     def run_out(x, out, mask, parameters):
-        ops.check(name, x, out)
         # empty_like keeps the strides of a dense tensor and of no other.
         y = out if out.is_contiguous() else torch.empty_like(out)
         dense = y.stride() == out.stride()
@@ -231,69 +166,34 @@ def implementations(activation) -> dict:
         if not dense:
             out.copy_(y)
 
-    def new_mask(x):
-        return torch.empty(ops.mask_numel(x), dtype=torch.uint8, device=x.device)
+    def run_backward(function, tile, grad_output, saved, grad_input, parameters):
+        grad = with_stride(grad_output, grad_input.stride())
+        numel = grad.numel()
+        launch(backward_kernel, grad, grad, saved, grad_input, numel, parameters, function, tile)
 
-    def forward(x, *parameters):
-        ops.check(name, x)
-        y = torch.empty_like(x)
-        run(x, y, None, parameters)
-        return y
+    def backward(function, grad_input, grad_output, saved, *parameters):
+        saved = with_stride(saved, grad_input.stride())
+        run_backward(function, backward_tile, grad_output, saved, grad_input, parameters)
 
-    def forward_out(x, *parameters, out):
-        run_out(x, out, None, parameters)
+    def masked_backward(function, grad_input, grad_output, mask, *parameters_and_stride):
+        parameters = parameters_and_stride[:-1]
+        run_backward(function, masked_backward_tile, grad_output, mask, grad_input, parameters)
 
-    def forward_with_mask(x, *parameters):
-        ops.check(name, x)
-        y, mask = torch.empty_like(x), new_mask(x)
-        run(x, y, mask, parameters)
-        return y, mask
-
-    def forward_with_mask_out(x, *parameters, out):
-        mask = new_mask(x)
-        run_out(x, out, mask, parameters)
-        return mask
-
-    def run_backward(grad_output, saved, grad_input, parameters, function):
-        grad_output = with_layout_of(grad_input, grad_output)
-        launch(
-            backward_kernel,
-            grad_output,
-            grad_output,
-            saved,
-            grad_input,
-            grad_output.numel(),
-            parameters,
-            math[function],
-            masked_backward_tile if masked else backward_tile,
-        )
-        return grad_input
-
-    def unmasked_backward(op, function, grad_output, saved, *parameters):
-        ops.check(op, grad_output, saved)
-        grad_input = torch.empty_like(saved)
-        saved = with_layout_of(grad_input, saved)
-        return run_backward(grad_output, saved, grad_input, parameters, function)
-
-    def masked_backward(grad_output, mask, *parameters_and_stride):
-        *parameters, stride = parameters_and_stride
-        ops.check(f"{name}_backward", grad_output, mask=mask, stride=stride)
-        grad_input = torch.empty_strided(
-            grad_output.shape, stride, dtype=grad_output.dtype, device=grad_output.device
-        )
-        return run_backward(grad_output, mask, grad_input, tuple(parameters), "gradient")
-
-    backward = masked_backward
-    if not masked:
-        backward = functools.partial(unmasked_backward, f"{name}_backward", "derivative")
-    by_field = {
-        "forward": forward,
-        "forward_out": forward_out,
-        "forward_with_mask": forward_with_mask,
-        "forward_with_mask_out": forward_with_mask_out,
-        "backward": backward,
-        "backward_from_output": functools.partial(
-            unmasked_backward, f"{name}_backward_from_output", "derivative_from_output"
-        ),
+    found = {
+        "forward": lambda y, x, *parameters: run(x, y, None, parameters),
+        "forward_out": lambda _, x, *parameters, out: run_out(x, out, None, parameters),
     }
-    return {op.name: by_field[field] for field, op in ops.raw_ops(activation).items()}
+    if masked:
+        found |= {
+            "forward_with_mask": lambda outputs, x, *parameters: run(x, *outputs, parameters),
+            "forward_with_mask_out": lambda mask, x, *parameters, out: run_out(
+                x, out, mask, parameters
+            ),
+            "backward": partial(masked_backward, *functions_of(row, "gradient")),
+        }
+    if row.saves == "x":
+        found["backward"] = partial(backward, *functions_of(row, "derivative"))
+    if row.saves_inplace == "y":
+        derivative = functions_of(row, "derivative_from_output")
+        found["backward_from_output"] = partial(backward, *derivative)
+    return found

@@ -1,4 +1,4 @@
-"""The Triton backend: one forward kernel and one backward kernel, which take an activation's pair.
+"""The Triton backend: one forward and one backward kernel a family, which take a row's pair.
 
 With TRITON_INTERPRET=1 in the environment the same code runs on CPU tensors, without a GPU.
 """
@@ -6,14 +6,19 @@ With TRITON_INTERPRET=1 in the environment the same code runs on CPU tensors, wi
 from __future__ import annotations
 
 import contextlib
+import functools
+import importlib
 import importlib.metadata
 import os
 import tempfile
 import textwrap
+from collections.abc import Callable
 
 from fused_act import ops
-from fused_act.activations import ACTIVATIONS, MIRRORED, WEIGHTED
-from fused_act.backends import Backend, Kernels, gpu_unavailable, older
+from fused_act.activations import ROWS
+from fused_act.dispatch import Backend, Kernels, gpu_unavailable, older
+from fused_act.families.base import Row
+from fused_act.families.raw_op import RawOp
 
 MINIMUM = (3, 6)
 INTERPRET = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
@@ -78,20 +83,27 @@ def version() -> str | None:
 
 def load() -> dict[str, Kernels]:
     """Import Triton (90 ms, so not before it is needed) and give the raw ops their kernels."""
-    from fused_act.backends import triton_kernels, triton_mirrored, triton_weighted
-
-    implementations = {}
-    for module, rows in (
-        (triton_kernels, ACTIVATIONS),
-        (triton_weighted, WEIGHTED),
-        (triton_mirrored, MIRRORED),
-    ):
-        for row in rows:
-            implementations |= module.implementations(row)
-    for name, implementation in implementations.items():
-        for device_type in DEVICE_TYPES:
-            ops.TRITON_LIBRARY.impl(name, implementation, device_type.upper())
+    for row in ROWS.values():
+        for name, implementation in implementations(row).items():
+            for device_type in DEVICE_TYPES:
+                ops.TRITON_LIBRARY.impl(name, implementation, device_type.upper())
     return ops.kernels("fused_act_triton")
+
+
+def implementations(row: Row) -> dict[str, Callable]:
+    """The implementation of each raw op of `row`, by name."""
+    launches = importlib.import_module(f"{__name__}.{row.family}").launches(row)
+    return {
+        op.name: functools.partial(run, op, launches[field]) for field, op in row.raw_ops().items()
+    }
+
+
+def run(op: RawOp, launch, *args, **kwargs):
+    """The implementation of `op`: the one place that checks arguments and allocates outputs."""
+    op.check(op.name, None, *args, **kwargs)
+    outputs = op.allocate(*args, **kwargs)
+    launch(outputs, *args, **kwargs)
+    return outputs
 
 
 BACKEND = Backend(

@@ -15,13 +15,19 @@ math; tests hold both to a float64 oracle.
 import triton
 import triton.language as tl
 
-# The interpreter cannot run inline assembly: it takes exact functions instead.
-INTERPRET = tl.constexpr(triton.knobs.runtime.interpret)
+from fused_act.backends.triton.math import (
+    LOG2E,
+    clamp,
+    clamp_max,
+    exp2_approx,
+    exp_compensated,
+    fma,
+    product_error,
+    quotient,
+    reciprocal_approx,
+)
+from fused_act.families.base import Row
 
-LOG2E = tl.constexpr(1.4426950408889634)
-LOG2E_HIGH = tl.constexpr(1.44269502162933349609375)  # LOG2E in fp32
-LOG2E_LOW = tl.constexpr(1.92596299112661746887e-8)  # what that leaves out
-LN2 = tl.constexpr(0.6931471805599453)
 TAIL = tl.constexpr(-87.0)
 TWO_32 = tl.constexpr(4294967296.0)
 TWO_33 = tl.constexpr(8589934592.0)
@@ -31,74 +37,6 @@ SELU_SCALE = tl.constexpr(1.0507009873554804934193349852946)
 SELU_SCALE_ALPHA = tl.constexpr(1.7580993408473768599402175208123)
 SELU_SCALE_ALPHA_HIGH = tl.constexpr(1.7580993175506591796875)  # that in fp32
 SELU_SCALE_ALPHA_LOW = tl.constexpr(2.3296717680252717521e-8)  # what that leaves out
-
-
-@triton.jit
-def exp2_approx(x):
-    """2^x within 2 ULP; subnormal results flush. One instruction, where tl.exp2 takes four."""
-    if INTERPRET:
-        return tl.exp2(x)
-    else:
-        return tl.inline_asm_elementwise(
-            "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
-        )
-
-
-@triton.jit
-def reciprocal_approx(x):
-    """1 / x within 1 ULP. One instruction, where a division takes eight."""
-    if INTERPRET:
-        return 1.0 / x
-    else:
-        return tl.inline_asm_elementwise(
-            "rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
-        )
-
-
-@triton.jit
-def fma(a, b, c):
-    """a b + c, rounded once, for a c that may cancel a b."""
-    if INTERPRET:  # its tl.fma rounds twice
-        return (a.to(tl.float64) * b.to(tl.float64) + c.to(tl.float64)).to(tl.float32)
-    else:
-        return tl.fma(a, b, c)
-
-
-@triton.jit
-def product_error(a, b, product):
-    """What rounding took from the product of a and b."""
-    if INTERPRET:  # where a scalar is a Python float
-        b += tl.full((), 0.0, tl.float32)
-    return fma(a, b, -product)
-
-
-@triton.jit
-def quotient(a, b, r):
-    """a / b, where r is about 1 / b: what rounding and r are off by is computed and put back."""
-    q = a * r
-    return tl.fma(fma(-q, b, a), r, q)
-
-
-@triton.jit
-def exp_compensated(x, x_low):
-    """e^(x + x_low) in fp32 within 3 ULP, for finite results."""
-    t = x * LOG2E_HIGH
-    # Less t - x log2(e), and not plus its negative, for which t or x would be negated: Triton does
-    # that by a subtraction from 0.
-    excess = fma(x, tl.full((), -LOG2E_HIGH, tl.float32), t)
-    t_low = x * LOG2E_LOW - excess
-    e = exp2_approx(t)
-    return tl.fma(e, tl.fma(t_low, LN2, x_low), e)
-
-
-@triton.jit
-def clamp_max(x, maximum):
-    return tl.minimum(x, maximum, propagate_nan=tl.PropagateNan.ALL)
-
-
-@triton.jit
-def clamp(x, minimum, maximum):
-    return clamp_max(tl.maximum(x, minimum, propagate_nan=tl.PropagateNan.ALL), maximum)
 
 
 # In the tail results are proportional to e^x, in fp32 even with h = e^(x/2) in its place: so take
@@ -177,15 +115,10 @@ def swish_derivative(x, beta, LOW: tl.constexpr):
         return tl.where(tail, ((1.0 + z) * e) * e, s * tl.fma(z, e * s, 1.0))
 
 
-# With beta from a tensor.
-learnable_swish_forward = swish_forward
-learnable_swish_derivative = swish_derivative
-
-
 # x^2 s (1 - s) is the square of u = x h / (1 + h^2) with h = e^(-|z| / 2). A factor at a time, or 0
 # times infinity would come of a large x.
 @triton.jit
-def learnable_swish_weight_gradient(grad_output, x, beta, LOW: tl.constexpr):
+def swish_weight_gradient(grad_output, x, beta, LOW: tl.constexpr):
     if LOW:
         h = exp2_approx(-tl.abs(x * (beta * (0.5 * LOG2E))))
         u = x * (h * reciprocal_approx(tl.fma(h, h, 1.0)))
@@ -337,3 +270,8 @@ def selu_derivative(x, LOW: tl.constexpr):
 @triton.jit
 def selu_derivative_from_output(y, LOW: tl.constexpr):
     return tl.where(y > 0.0, SELU_SCALE, (y + SELU_SCALE_ALPHA_HIGH) + SELU_SCALE_ALPHA_LOW)
+
+
+def functions_of(row: Row, *names: str | None) -> list[triton.JITFunction | None]:
+    """The functions called `names` of the pair that `row` takes. None is what it does not need."""
+    return [name and globals()[f"{row.pair.name}_{name}"] for name in names]

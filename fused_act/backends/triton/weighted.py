@@ -8,6 +8,7 @@ each weight; what all tiles add is then summed by torch, always in the same orde
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -15,15 +16,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fused_act import ops
-from fused_act.backends import triton_activations
-from fused_act.backends.triton_kernels import (
+from fused_act.backends.triton.activations import functions_of
+from fused_act.backends.triton.tiles import (
     NUM_WARPS,
     block_size,
     load,
     store,
-    with_layout_of,
+    tile_of,
+    with_stride,
 )
+from fused_act.families.weighted import Weighted
 
 # Of a tile whose columns have weights: one cache line. Wider ones have few rows to sum over.
 COLUMN_BYTES = 128
@@ -74,36 +76,23 @@ class Matrix(NamedTuple):
 
 
 @triton.jit
-def tile_of(columns, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):
-    """This program's tile: its first row, row block and column block, and what it starts with."""
-    column_blocks = tl.cdiv(columns, BLOCK_K).to(tl.int32)
-    program = tl.program_id(0)
-    row_block = program // column_blocks
-    column_block = program % column_blocks
-    # 64 bits, for tensors of more than 2^31 elements.
-    row = row_block.to(tl.int64) * BLOCK_M
-    start = row * columns + column_block.to(tl.int64) * BLOCK_K
-    return row, column_block, start
-
-
-@triton.jit
-def offsets_of(columns, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):
-    """Of the elements of a tile from its first. Rows may lie far from each other."""
+def offsets_of(columns, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Offsets of a tile's elements, relative to its first. Rows may lie far from each other."""
     rows = tl.arange(0, BLOCK_M).to(tl.int64)
-    return rows[:, None] * columns + tl.arange(0, BLOCK_K)[None, :]
+    return rows[:, None] * columns + tl.arange(0, BLOCK_N)[None, :]
 
 
 @triton.jit
 def load_weight(
     weight_ptr, row, column_block, columns, weights, BY_COLUMN: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_K: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """The weights of a tile, as a column or a row that broadcasts."""
     if not BY_COLUMN:
         channel = ((row % weights).to(tl.int32) + tl.arange(0, BLOCK_M)) % weights
         return tl.load(weight_ptr + channel)[:, None]
     else:
-        column = column_block * BLOCK_K + tl.arange(0, BLOCK_K)
+        column = column_block * BLOCK_N + tl.arange(0, BLOCK_N)
         return tl.load(weight_ptr + column, mask=column < columns, other=0.0)[None, :]
 
 
@@ -112,33 +101,34 @@ def load_weight(
 @triton.jit
 def forward_tile(
     x_ptr, y_ptr, weights_at, offsets, valid, FORWARD: tl.constexpr, LOW: tl.constexpr,
-    BY_COLUMN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+    BY_COLUMN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     x = load(x_ptr, offsets, valid)
-    weight = load_weight(*weights_at, BY_COLUMN, BLOCK_M, BLOCK_K)
+    weight = load_weight(*weights_at, BY_COLUMN, BLOCK_M, BLOCK_N)
     store(y_ptr, offsets, FORWARD(x, weight, LOW), valid)
 
 
 @triton.jit
 def forward_kernel(
     x_ptr, y_ptr, weight_ptr, numel, columns, weights, FORWARD: tl.constexpr,
-    BY_COLUMN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+    BY_COLUMN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     LOW: tl.constexpr = x_ptr.dtype.element_ty != tl.float32
-    row, column_block, start = tile_of(columns, BLOCK_M, BLOCK_K)
+    row, column_block = tile_of(tl.cdiv(columns, BLOCK_N).to(tl.int32), BLOCK_M)
+    start = row * columns + column_block.to(tl.int64) * BLOCK_N
     weights_at = (weight_ptr, row, column_block, columns, weights)
-    offsets = offsets_of(columns, BLOCK_M, BLOCK_K)
-    left, columns_left = numel - start, columns - column_block.to(tl.int64) * BLOCK_K
+    offsets = offsets_of(columns, BLOCK_M, BLOCK_N)
+    left, columns_left = numel - start, columns - column_block.to(tl.int64) * BLOCK_N
     x_ptr += start
     y_ptr += start
-    if columns_left >= BLOCK_K and left >= (BLOCK_M - 1) * columns + BLOCK_K:
+    if columns_left >= BLOCK_N and left >= (BLOCK_M - 1) * columns + BLOCK_N:
         forward_tile(
-            x_ptr, y_ptr, weights_at, offsets, None, FORWARD, LOW, BY_COLUMN, BLOCK_M, BLOCK_K
+            x_ptr, y_ptr, weights_at, offsets, None, FORWARD, LOW, BY_COLUMN, BLOCK_M, BLOCK_N
         )
     else:
-        valid = (offsets < left) & (tl.arange(0, BLOCK_K)[None, :] < columns_left)
+        valid = (offsets < left) & (tl.arange(0, BLOCK_N)[None, :] < columns_left)
         forward_tile(
-            x_ptr, y_ptr, weights_at, offsets, valid, FORWARD, LOW, BY_COLUMN, BLOCK_M, BLOCK_K
+            x_ptr, y_ptr, weights_at, offsets, valid, FORWARD, LOW, BY_COLUMN, BLOCK_M, BLOCK_N
         )
 
 
@@ -146,12 +136,12 @@ def forward_kernel(
 def backward_tile(
     grad_output_ptr, x_ptr, weights_at, grad_input_ptr, offsets, valid, DERIVATIVE: tl.constexpr,
     WEIGHT_GRADIENT: tl.constexpr, LOW: tl.constexpr, BY_COLUMN: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Store the gradient of x; return the sums for the weights of the tile."""
     grad_output = load(grad_output_ptr, offsets, valid)
     x = load(x_ptr, offsets, valid)
-    weight = load_weight(*weights_at, BY_COLUMN, BLOCK_M, BLOCK_K)
+    weight = load_weight(*weights_at, BY_COLUMN, BLOCK_M, BLOCK_N)
     store(grad_input_ptr, offsets, grad_output * DERIVATIVE(x, weight, LOW), valid)
     # What is not valid was loaded as 0, and a gradient of 0 adds nothing.
     return tl.sum(WEIGHT_GRADIENT(grad_output, x, weight, LOW), axis=0 if BY_COLUMN else 1)
@@ -161,50 +151,48 @@ def backward_tile(
 def backward_kernel(
     grad_output_ptr, x_ptr, grad_input_ptr, partials_ptr, weight_ptr, numel, columns, weights,
     DERIVATIVE: tl.constexpr, WEIGHT_GRADIENT: tl.constexpr, BY_COLUMN: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     LOW: tl.constexpr = x_ptr.dtype.element_ty != tl.float32
-    row, column_block, start = tile_of(columns, BLOCK_M, BLOCK_K)
+    row, column_block = tile_of(tl.cdiv(columns, BLOCK_N).to(tl.int32), BLOCK_M)
+    start = row * columns + column_block.to(tl.int64) * BLOCK_N
     weights_at = (weight_ptr, row, column_block, columns, weights)
-    offsets = offsets_of(columns, BLOCK_M, BLOCK_K)
-    left, columns_left = numel - start, columns - column_block.to(tl.int64) * BLOCK_K
+    offsets = offsets_of(columns, BLOCK_M, BLOCK_N)
+    left, columns_left = numel - start, columns - column_block.to(tl.int64) * BLOCK_N
     grad_output_ptr += start
     x_ptr += start
     grad_input_ptr += start
-    if columns_left >= BLOCK_K and left >= (BLOCK_M - 1) * columns + BLOCK_K:
+    if columns_left >= BLOCK_N and left >= (BLOCK_M - 1) * columns + BLOCK_N:
         sums = backward_tile(
             grad_output_ptr, x_ptr, weights_at, grad_input_ptr, offsets, None, DERIVATIVE,
-            WEIGHT_GRADIENT, LOW, BY_COLUMN, BLOCK_M, BLOCK_K,
+            WEIGHT_GRADIENT, LOW, BY_COLUMN, BLOCK_M, BLOCK_N,
         )  # fmt: skip
     else:
-        valid = (offsets < left) & (tl.arange(0, BLOCK_K)[None, :] < columns_left)
+        valid = (offsets < left) & (tl.arange(0, BLOCK_N)[None, :] < columns_left)
         sums = backward_tile(
             grad_output_ptr, x_ptr, weights_at, grad_input_ptr, offsets, valid, DERIVATIVE,
-            WEIGHT_GRADIENT, LOW, BY_COLUMN, BLOCK_M, BLOCK_K,
+            WEIGHT_GRADIENT, LOW, BY_COLUMN, BLOCK_M, BLOCK_N,
         )  # fmt: skip
     if not BY_COLUMN:
         # One sum for each row and column block.
-        column_blocks = tl.cdiv(columns, BLOCK_K)
+        column_blocks = tl.cdiv(columns, BLOCK_N)
         rows = tl.arange(0, BLOCK_M)
         partials_ptr += row * column_blocks + column_block
         inside = rows.to(tl.int64) * columns < left
         tl.store(partials_ptr + rows.to(tl.int64) * column_blocks, sums, mask=inside)
     else:
         # One sum for each row block and column.
-        column = column_block * BLOCK_K + tl.arange(0, BLOCK_K)
+        column = column_block * BLOCK_N + tl.arange(0, BLOCK_N)
         partials_ptr += row // BLOCK_M * columns
         tl.store(partials_ptr + column, sums, mask=column < columns)
 
 
-def implementations(row) -> dict:
-    """The implementation of each raw op of `row`, by name."""
-    forward_function, derivative, weight_gradient = (
-        getattr(triton_activations, f"{row.name}_{function}")
-        for function in ("forward", "derivative", "weight_gradient")
-    )
+def launches(row: Weighted) -> dict[str, Callable[..., None]]:
+    """What computes the outputs of each raw op of `row`: `launch(outputs, *args)`, by its field."""
+    (function,) = functions_of(row, "forward")
+    backward_functions = functions_of(row, "derivative", "weight_gradient")
 
-    def launch(kernel, options, matrix, x, weight, *arguments):
-        *tensors, functions = arguments
+    def launch(kernel, options, matrix, tensors, x, weight, *functions):
         row_blocks, column_blocks = matrix.blocks
         with torch.cuda.device_of(x):
             kernel[(row_blocks * column_blocks,)](
@@ -220,21 +208,20 @@ def implementations(row) -> dict:
                 **options,
             )
 
-    def forward(x, weight):
-        ops.check_weighted(row.name, None, x, weight)
-        y = torch.empty_like(x)
-        if x.numel() > 0:
-            x = with_layout_of(y, x)
-            matrix = Matrix.of(x, weight.numel(), block_size(x.dtype))
-            launch(forward_kernel, FORWARD_OPTIONS, matrix, x, weight, x, y, (forward_function,))
-        return y
-
-    def backward(grad_output, x, weight):
-        ops.check_weighted(f"{row.name}_backward", None, x, weight, grad_output)
-        grad_input = torch.empty_like(x)
+    def forward(y, x, weight):
         if x.numel() == 0:
-            return grad_input, torch.zeros_like(weight)
-        x, grad_output = with_layout_of(grad_input, x), with_layout_of(grad_input, grad_output)
+            return
+        x = with_stride(x, y.stride())
+        matrix = Matrix.of(x, weight.numel(), block_size(x.dtype))
+        launch(forward_kernel, FORWARD_OPTIONS, matrix, (x, y), x, weight, function)
+
+    def backward(gradients, grad_output, x, weight):
+        grad_input, grad_weight = gradients
+        if x.numel() == 0:
+            grad_weight.zero_()
+            return
+        stride = grad_input.stride()
+        x, grad_output = with_stride(x, stride), with_stride(grad_output, stride)
         matrix = Matrix.of(x, weight.numel(), backward_block_size(x.dtype))
         row_blocks, column_blocks = matrix.blocks
         if matrix.by_column:
@@ -243,8 +230,8 @@ def implementations(row) -> dict:
             partials = weight.new_empty(
                 matrix.rows // weight.numel(), weight.numel(), column_blocks
             )
-        tensors, functions = (grad_output, x, grad_input, partials), (derivative, weight_gradient)
-        launch(backward_kernel, BACKWARD_OPTIONS, matrix, x, weight, *tensors, functions)
-        return grad_input, partials.sum((0, 2))
+        tensors = grad_output, x, grad_input, partials
+        launch(backward_kernel, BACKWARD_OPTIONS, matrix, tensors, x, weight, *backward_functions)
+        torch.sum(partials, (0, 2), out=grad_weight)
 
-    return {row.name: forward, f"{row.name}_backward": backward}
+    return {"forward": forward, "backward": backward}

@@ -1,0 +1,170 @@
+// What the ops of all families do with tensors: checks, allocation, layouts, the launch.
+//
+// LibTorch's stable ABI only: one library for torch >= 2.10 and every Python.
+#pragma once
+
+#include <cuda_runtime.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+#include <algorithm>
+#include <cstdlib>
+#include <string>
+#include <tuple>
+#include <utility>
+#include <vector>
+
+#include "access.cuh"
+
+// Only libtorch_cuda has this one. Weak, or the library would not load in a CPU build of torch.
+extern "C" __attribute__((weak)) AOTITorchError
+aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream);
+
+namespace fused_act {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using torch::stable::accelerator::DeviceGuard;
+using torch::stable::detail::StableLibrary;
+
+inline cudaStream_t current_stream(const Tensor& x) {
+  STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr,
+                  "fused_act: this torch has no CUDA; install a CUDA build of torch");
+  void* stream = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream));
+  return static_cast<cudaStream_t>(stream);
+}
+
+// Call `run` with a value of the element type of x.
+template <typename Run>
+void with_element_type(const Tensor& x, Run run) {
+  switch (x.scalar_type()) {
+    case ScalarType::Float:
+      return run(float{});
+    case ScalarType::Half:
+      return run(Half{});
+    case ScalarType::BFloat16:
+      return run(BFloat16{});
+    default:
+      STD_TORCH_CHECK(false, "fused_act: expected float16, bfloat16 or float32, got ",
+                      torch::headeronly::toString(x.scalar_type()));
+  }
+}
+
+inline bool equal(torch::headeronly::IntHeaderOnlyArrayRef a,
+                  torch::headeronly::IntHeaderOnlyArrayRef b) {
+  return a.size() == b.size() && std::equal(a.begin(), a.end(), b.begin());
+}
+
+// Python checks what users pass in and raises the better errors; this keeps memory safe below it.
+inline void check_match(const Tensor& x, const Tensor& other) {
+  STD_TORCH_CHECK(x.is_cuda() && other.is_cuda(), "fused_act: expected CUDA tensors");
+  STD_TORCH_CHECK(x.scalar_type() == other.scalar_type() && equal(x.sizes(), other.sizes()) &&
+                      x.get_device_index() == other.get_device_index(),
+                  "fused_act: expected tensors of one dtype, shape and device");
+}
+
+// Whether a tensor of this shape, which has elements, fills its memory with this stride.
+inline bool is_dense(torch::headeronly::IntHeaderOnlyArrayRef shape,
+                     torch::headeronly::IntHeaderOnlyArrayRef stride) {
+  std::vector<std::pair<int64_t, int64_t>> dimensions;  // stride, size
+  for (size_t i = 0; i < stride.size(); i++) {
+    if (shape[i] != 1) {
+      dimensions.emplace_back(stride[i], shape[i]);
+    }
+  }
+  std::sort(dimensions.begin(), dimensions.end());
+  int64_t expected = 1;
+  for (const auto& [step, size] : dimensions) {
+    if (step != expected) {
+      return false;
+    }
+    expected *= size;
+  }
+  return true;
+}
+
+// Whether a and b, of one size, share memory but start at different places.
+inline bool overlap_partially(const Tensor& a, const Tensor& b) {
+  const auto distance =
+      static_cast<const char*>(a.const_data_ptr()) - static_cast<const char*>(b.const_data_ptr());
+  return distance != 0 && std::abs(distance) < b.numel() * static_cast<int64_t>(b.element_size());
+}
+
+// copy_ refuses an expanded `out` too, but through the stable ABI its message is lost.
+inline void check_not_expanded(const Tensor& out) {
+  for (int64_t i = 0; i < out.dim(); i++) {
+    STD_TORCH_CHECK(out.numel() == 0 || out.size(i) < 2 || out.stride(i) != 0,
+                    "unsupported operation: more than one element of the written-to tensor refers "
+                    "to a single memory location. Please clone() the tensor before performing the "
+                    "operation.");
+  }
+}
+
+// A mask for x, whose elements lie in memory as `stride`, of a dense tensor, says.
+inline void check_mask(const Tensor& x, const Tensor& mask, const std::vector<int64_t>& stride) {
+  STD_TORCH_CHECK(x.is_cuda() && mask.is_cuda() &&
+                      x.get_device_index() == mask.get_device_index() &&
+                      mask.scalar_type() == ScalarType::Byte && mask.is_contiguous() &&
+                      mask.numel() == (x.numel() + 7) / 8,
+                  "fused_act: expected a contiguous uint8 mask with one bit for each of ",
+                  x.numel(), " elements, got ", mask.numel(), " bytes");
+  STD_TORCH_CHECK(
+      stride.size() == x.sizes().size() && (x.numel() == 0 || is_dense(x.sizes(), stride)),
+      "fused_act: expected the stride of a dense tensor of the shape of grad_output");
+}
+
+inline Tensor empty_strided(torch::headeronly::IntHeaderOnlyArrayRef sizes,
+                            torch::headeronly::IntHeaderOnlyArrayRef strides, int32_t dtype,
+                            const Tensor& like) {
+  AtenTensorHandle result = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(sizes.size(), sizes.data(), strides.data(), dtype,
+                                                  aoti_torch_device_type_cuda(),
+                                                  like.get_device_index(), &result));
+  return Tensor(result);
+}
+
+inline Tensor empty_mask(const Tensor& x) {
+  const int64_t size = (x.numel() + 7) / 8;
+  const int64_t stride = 1;
+  return empty_strided({&size, 1}, {&stride, 1}, aoti_torch_dtype_uint8(), x);
+}
+
+inline int32_t dtype_of(const Tensor& x) {
+  int32_t dtype = 0;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(x.get(), &dtype));
+  return dtype;
+}
+
+// Whether the elements of x lie in memory as `stride` says. The stride of a dimension of size 1 is
+// of no account: channels_last 1 x 1 images are contiguous.
+inline bool has_layout(const Tensor& x, torch::headeronly::IntHeaderOnlyArrayRef stride) {
+  for (int64_t i = 0; i < x.dim(); i++) {
+    if (x.size(i) != 1 && x.stride(i) != stride[i]) {
+      return false;
+    }
+  }
+  return true;
+}
+
+// x in the strides of `like`: itself or a copy.
+inline Tensor with_layout_of(const Tensor& like, const Tensor& x) {
+  if (has_layout(x, like.strides())) {
+    return x;
+  }
+  Tensor copy = torch::stable::empty_like(like);
+  torch::stable::copy_(copy, x);
+  return copy;
+}
+
+inline void check_launch() {
+  const cudaError_t error = cudaGetLastError();
+  STD_TORCH_CHECK(error == cudaSuccess,
+                  "fused_act: the kernel did not launch: ", cudaGetErrorString(error));
+}
+
+}  // namespace fused_act

@@ -1,0 +1,201 @@
+"""The Triton kernels of y = cat([f(x), f(-x)], dim): one forward, one backward; and their launch.
+
+In memory a dense x is a matrix, and y has two rows for each of its rows, side by side. A program
+handles one tile of x, BLOCK_M rows and BLOCK_N columns. The full tiles run without a mask.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import triton
+import triton.language as tl
+
+from fused_act.backends.triton.activations import functions_of
+from fused_act.backends.triton.tiles import (
+    NUM_WARPS,
+    block_size,
+    load,
+    mask_offsets,
+    pack,
+    store,
+    tile_of,
+    with_stride,
+)
+from fused_act.families.mirrored import Layout, Mirrored
+from fused_act.families.raw_op import dense_stride
+
+# With 40 registers, as many as elsewhere, tiles of 16 columns spill.
+OPTIONS = {"num_warps": NUM_WARPS, "maxnreg": 48}
+
+
+@triton.jit
+def bytes_of(columns):
+    """The bytes of a row of the mask. `columns + 7` may not fit in the 32 bits that columns do."""
+    return (columns - 1) // 8 + 1
+
+
+@triton.jit
+def left_of(size, start, BLOCK: tl.constexpr):
+    return tl.minimum(size - start, BLOCK).to(tl.int32)
+
+
+@triton.jit
+def valid_in(rows_left, columns_left, BLOCK_M: tl.constexpr, COLUMNS: tl.constexpr):
+    """Which elements of a tile exist."""
+    rows, columns = tl.arange(0, BLOCK_M), tl.arange(0, COLUMNS)
+    return (rows < rows_left)[:, None] & (columns < columns_left)[None, :]
+
+
+@triton.jit
+def store_bits(
+    mask_ptr, offsets, passes, valid, byte_valid, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
+):
+    if valid is not None:
+        passes = passes & valid
+    mask = tl.reshape(pack(tl.reshape(passes, (BLOCK_M * BLOCK_N,))), (BLOCK_M, BLOCK_N // 8))
+    tl.store(mask_ptr + offsets, mask, mask=byte_valid)
+
+
+@triton.jit
+def forward_tile(
+    x_ptr, y_ptr, mask_ptr, columns, rows_left, columns_left, FORWARD, PASSES,
+    FULL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    LOW: tl.constexpr = x_ptr.dtype.element_ty != tl.float32
+    rows = tl.arange(0, BLOCK_M)[:, None]
+    offsets = rows * columns + tl.arange(0, BLOCK_N)[None, :]
+    valid = None if FULL else valid_in(rows_left, columns_left, BLOCK_M, BLOCK_N)
+    x = load(x_ptr, offsets, valid)
+    offsets += rows * columns
+    store(y_ptr, offsets, FORWARD(x, LOW), valid)
+    store(y_ptr + columns, offsets, FORWARD(-x, LOW), valid)
+    if mask_ptr is not None:
+        bytes_ = bytes_of(columns)
+        offsets = rows * (2 * bytes_) + mask_offsets(BLOCK_N)[None, :]
+        byte_valid = (
+            None if FULL else valid_in(rows_left, bytes_of(columns_left), BLOCK_M, BLOCK_N // 8)
+        )
+        store_bits(mask_ptr, offsets, PASSES(x), valid, byte_valid, BLOCK_M, BLOCK_N)
+        store_bits(mask_ptr + bytes_, offsets, PASSES(-x), valid, byte_valid, BLOCK_M, BLOCK_N)
+
+
+@triton.jit
+def forward_kernel(
+    x_ptr, y_ptr, mask_ptr, row_count, columns, column_blocks, FORWARD: tl.constexpr,
+    PASSES: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    row, column_block = tile_of(column_blocks, BLOCK_M)
+    column = column_block.to(tl.int64) * BLOCK_N
+    x_ptr += row * columns + column
+    y_ptr += 2 * row * columns + column
+    if mask_ptr is not None:
+        mask_ptr += 2 * row * bytes_of(columns) + column // 8
+    if (row + BLOCK_M <= row_count) & (column + BLOCK_N <= columns):
+        forward_tile(
+            x_ptr, y_ptr, mask_ptr, columns, BLOCK_M, BLOCK_N, FORWARD, PASSES, True, BLOCK_M,
+            BLOCK_N,
+        )  # fmt: skip
+    else:
+        rows_left = left_of(row_count, row, BLOCK_M)
+        columns_left = left_of(columns, column, BLOCK_N)
+        forward_tile(
+            x_ptr, y_ptr, mask_ptr, columns, rows_left, columns_left, FORWARD, PASSES, False,
+            BLOCK_M, BLOCK_N,
+        )  # fmt: skip
+
+
+@triton.jit
+def load_bits(mask_ptr, offsets, byte_valid, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    mask = tl.load(mask_ptr + offsets, mask=byte_valid)
+    bits = (mask.to(tl.int32)[:, :, None] >> tl.arange(0, 8)[None, None, :]) & 1
+    return tl.reshape(bits, (BLOCK_M, BLOCK_N)) != 0
+
+
+@triton.jit
+def backward_tile(
+    grad_output_ptr, mask_ptr, grad_input_ptr, columns, rows_left, columns_left, GRADIENT,
+    FULL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    rows = tl.arange(0, BLOCK_M)[:, None]
+    input_offsets = rows * columns + tl.arange(0, BLOCK_N)[None, :]
+    offsets = input_offsets + rows * columns
+    valid = None if FULL else valid_in(rows_left, columns_left, BLOCK_M, BLOCK_N)
+    grad = load(grad_output_ptr, offsets, valid)
+    mirrored_grad = load(grad_output_ptr + columns, offsets, valid)
+    bytes_ = bytes_of(columns)
+    offsets = rows * (2 * bytes_) + mask_offsets(BLOCK_N)[None, :]
+    byte_valid = (
+        None if FULL else valid_in(rows_left, bytes_of(columns_left), BLOCK_M, BLOCK_N // 8)
+    )
+    passes = load_bits(mask_ptr, offsets, byte_valid, BLOCK_M, BLOCK_N)
+    mirrored_passes = load_bits(mask_ptr + bytes_, offsets, byte_valid, BLOCK_M, BLOCK_N)
+    grad_input = GRADIENT(grad, passes) - GRADIENT(mirrored_grad, mirrored_passes)
+    store(grad_input_ptr, input_offsets, grad_input, valid)
+
+
+@triton.jit
+def backward_kernel(
+    grad_output_ptr, mask_ptr, grad_input_ptr, row_count, columns, column_blocks,
+    GRADIENT: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    row, column_block = tile_of(column_blocks, BLOCK_M)
+    column = column_block.to(tl.int64) * BLOCK_N
+    grad_output_ptr += 2 * row * columns + column
+    grad_input_ptr += row * columns + column
+    mask_ptr += 2 * row * bytes_of(columns) + column // 8
+    if (row + BLOCK_M <= row_count) & (column + BLOCK_N <= columns):
+        backward_tile(
+            grad_output_ptr, mask_ptr, grad_input_ptr, columns, BLOCK_M, BLOCK_N, GRADIENT, True,
+            BLOCK_M, BLOCK_N,
+        )  # fmt: skip
+    else:
+        rows_left = left_of(row_count, row, BLOCK_M)
+        columns_left = left_of(columns, column, BLOCK_N)
+        backward_tile(
+            grad_output_ptr, mask_ptr, grad_input_ptr, columns, rows_left, columns_left, GRADIENT,
+            False, BLOCK_M, BLOCK_N,
+        )  # fmt: skip
+
+
+def tile(columns: int, dtype: torch.dtype) -> tuple[int, int]:
+    """Rows and columns of the tile of a program; a mask byte holds eight columns."""
+    size = block_size(dtype)
+    wide = min(max(8, triton.next_power_of_2(columns)), size)
+    return size // wide, wide
+
+
+def launch(kernel, rows: int, columns: int, tensors, *functions) -> None:
+    """Launch `kernel` over the rows and columns of x."""
+    if rows * columns == 0:
+        return
+    tile_rows, tile_columns = tile(columns, tensors[0].dtype)
+    column_blocks = triton.cdiv(columns, tile_columns)
+    grid = (triton.cdiv(rows, tile_rows) * column_blocks,)
+    sizes = rows, columns, column_blocks
+    with torch.cuda.device_of(tensors[0]):
+        kernel[grid](*tensors, *sizes, *functions, tile_rows, tile_columns, **OPTIONS)
+
+
+def launches(row: Mirrored) -> dict[str, Callable[..., None]]:
+    """What computes the outputs of each raw op of `row`: `launch(outputs, *args)`, by its field."""
+    function, passes, gradient = functions_of(row, "forward", "passes", "gradient")
+
+    def run(x, dim, y, mask):
+        x = with_stride(x, dense_stride(x))
+        columns = x.size(dim) * y.stride(dim)  # y tells how many elements a step along dim takes
+        rows = x.numel() // columns if columns else 0
+        launch(forward_kernel, rows, columns, (x, y, mask), function, passes)
+
+    def backward(grad_input, grad_output, mask, dim, stride):
+        layout = Layout.of(grad_input.shape, stride, dim)
+        grad_output = with_stride(grad_output, layout.stride)
+        tensors = grad_output, mask, grad_input
+        launch(backward_kernel, layout.rows, layout.columns, tensors, gradient)
+
+    return {
+        "forward": lambda y, x, dim: run(x, dim, y, None),
+        "forward_with_mask": lambda outputs, x, dim: run(x, dim, *outputs),
+        "backward": backward,
+    }

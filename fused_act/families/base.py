@@ -1,0 +1,287 @@
+"""What every family shares: the `Row`, the rule "kernel or torch?", the Functions.
+
+No activation and no family is named here. One eager call goes `mish(x)` -> the row -> the Function
+-> the kernels of the selected backend; whatever the kernels do not take goes to torch's own op.
+Compiled, `torch.ops.fused_act.mish` stands in the graph for the Function, see `define_graph_op`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import numbers
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import Node
+
+from fused_act import dispatch
+from fused_act._torch_private import (
+    OpOverload,
+    below_autograd,
+    is_exporting,
+    is_forward_ad_active,
+    is_transformed,
+)
+from fused_act.dispatch import DTYPES, PLAIN, Kernels
+from fused_act.families.raw_op import RawOp
+from fused_act.version import __version__
+
+# The ops of `define_graph_op`. Kept here because ops vanish with their Library.
+LIBRARY = torch.library.Library("fused_act", "DEF")
+
+
+def digest(folder: Path) -> str:
+    """A checksum of this version and of the Python sources in `folder`."""
+    found = zlib.crc32(__version__.encode())
+    for path in sorted(folder.rglob("*.py")):
+        found = zlib.crc32(path.read_bytes(), found)
+    return f"{found:08x}"
+
+
+SOURCES = digest(Path(__file__).parent.parent)
+
+
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class Row:
+    """One activation, as the generic code sees it. A family is a subclass.
+
+    A subclass also has `torch_forward(x, ...) -> y`, in torch's own ops.
+
+    Args:
+        name: names the raw ops (`leaky_relu`, `leaky_relu_backward`), the op of a compiled graph
+            and the Triton functions.
+        spelling: names the public Function (`LeakyReLUFunction`) and the C++ struct (`LeakyReLU`).
+
+    `eager` are kernels made of torch's own ops, and `formula` those that `torch.compile` gets to
+    fuse, if there are any. `Function` records a call for autograd. `graph_op` is the op that stands
+    for the Function in a compiled graph.
+    """
+
+    name: str
+    spelling: str
+    eager: Kernels = dataclasses.field(init=False)
+    formula: Kernels | None = dataclasses.field(init=False, default=None)
+    Function: type[KernelFunction] = dataclasses.field(init=False)
+    graph_op: OpOverload = dataclasses.field(init=False)
+
+    family: ClassVar[str]  # the name of its modules
+    # Of the public function, out of place: "Tensor x, float negative_slope".
+    signature: ClassVar[str]
+
+    def __post_init__(self):
+        self.define("eager", self.make_eager())
+        self.define("Function", self.make_function())
+        self.define("graph_op", define_graph_op(self))
+
+    def define(self, field: str, value: object) -> None:
+        """Set a field that follows from the others."""
+        object.__setattr__(self, field, value)
+
+    @property
+    def pair(self) -> Row:
+        """The row whose Triton functions and C++ struct the kernels take."""
+        return self
+
+    def fuses(self, *parameters: float) -> bool:
+        """Whether `torch.compile` gets `formula` rather than torch's own ops."""
+        return False
+
+    def recompute_torch(self, node: Node) -> Callable[[Tensor], Tensor] | None:
+        """How the output of torch's own op is computed again, from the input that `node` saves.
+
+        None where `node` is of another op, or where the output is not computed again.
+        """
+        return None
+
+    def make_eager(self) -> Kernels:
+        raise NotImplementedError
+
+    def make_function(self) -> type[KernelFunction]:
+        raise NotImplementedError
+
+    def raw_ops(self) -> dict[str, RawOp]:
+        """The raw ops, keyed by the field of `Kernels` that calls them."""
+        raise NotImplementedError
+
+    def activate(self, x: Tensor, *args) -> Tensor:
+        """What the public function computes, out of place."""
+        raise NotImplementedError
+
+
+def kernels_for(row: Row, x: Tensor, *parameters: float) -> Kernels:
+    """The one rule for "kernel or torch?": the kernels that compute `row` of `x`.
+
+    Under `auto`, plain CUDA tensors of the three dtypes go to the best backend there is and all
+    else goes to torch. A forced backend refuses what it does not take, but for transforms and
+    forward-mode AD, which no kernel knows. `torch.compile` gets math to fuse, unless a backend is
+    forced or a transform is at work (no Function of ours has a rule for one: pytorch#129845,
+    #141455, #154284, #187284), and `torch.export` torch's own op, so that ONNX shows one node.
+    """
+    forced = dispatch.forced
+    if torch.compiler.is_compiling():
+        # A name costs compiled code a guard at each call, and a module that is reached through two
+        # others one in Python.
+        if is_exporting():
+            return row.eager
+        if forced is None and not row.fuses(*parameters):
+            return row.eager
+        # Dynamo evaluates this while it traces, and guards on it.
+        if is_transformed():
+            return row.eager
+        # Opaque ops end fusion: only who asked for a backend gets them in the graph.
+        if forced is not None:
+            forced.check_input(row.name, x)
+            return forced.kernels[row.name]
+        return row.formula if type(x) in PLAIN and x.dtype in DTYPES else row.eager
+    if forced is None:
+        if type(x) not in PLAIN or not x.is_cuda or x.dtype not in DTYPES:
+            return row.eager
+        # These too are plain tensors: sparse and nested ones, and views that negate their memory.
+        if x.layout is not torch.strided or x.is_nested or x.is_neg() or is_transformed():
+            return row.eager
+        return dispatch.automatic().kernels[row.name]
+    if is_transformed() or isinstance(x, torch.fx.Proxy):
+        return row.eager
+    forced.check_input(row.name, x)
+    return forced.kernels[row.name]
+
+
+class NotTraced(type(torch.autograd.Function)):
+    """The metaclass of our Functions, which keeps Dynamo from tracing them.
+
+    Dynamo (torch 2.11 to 2.13) takes a class for a Function if its metaclass is exactly torch's,
+    and then traces `forward` and `backward` instead of calling `apply`. Of any other class, such as
+    one with this metaclass, Dynamo calls `apply`.
+    """
+
+    def __init__(cls, name: str, bases: tuple[type, ...], members: dict[str, object]):
+        super().__init__(name, bases, members)
+        if "row" not in members:  # a user's subclass, which may compute something else
+            cls.__class__ = type(torch.autograd.Function)
+
+
+class KernelFunction(torch.autograd.Function):
+    """A Function that may be given the kernels last, and whose outputs but the first are its own.
+
+    Transforms and forward-mode AD, which it does not know, get torch's own op, and compiled code
+    gets what the public function gives it. `apply_kernels` is `apply` without what torch adds for
+    functorch, which `kernels_for` has ruled out: 1.3 of 4.4 us.
+
+    Attributes:
+        row: the row that it computes.
+        saves: what the kernels save for backward: "x", "y" or a "mask".
+        recompute: how the output is computed again from the one tensor that a node of this Function
+            has saved, `recompute(node) -> (saved -> y)`, or None where it is not.
+    """
+
+    apply_kernels: ClassVar[Callable[..., Tensor | tuple[Tensor, ...]]]
+    row: ClassVar[Row]
+    saves: ClassVar[str]
+
+    def __init_subclass__(cls) -> None:
+        cls.apply_kernels = super(torch.autograd.Function, cls).apply
+
+    @classmethod
+    def apply(cls, *args: object) -> Tensor:
+        if torch.compiler.is_dynamo_compiling():
+            return cls.row.activate(*args)
+        if is_transformed() and isinstance(cls, NotTraced):
+            return cls.row.torch_forward(*args)
+        return first(super().apply(*args))
+
+    @staticmethod
+    def recompute(node: Node) -> Callable[[Tensor], Tensor] | None:
+        return None
+
+
+def function_class(
+    row: Row, kind: str, saves: str, forward, backward, recompute=KernelFunction.recompute
+) -> type[KernelFunction]:
+    """The Function of `row`, called by its spelling and `kind`; the others are as in the class."""
+    functions = {"forward": forward, "backward": backward, "recompute": recompute}
+    members = {name: staticmethod(function) for name, function in functions.items()}
+    # Where users find the public ones, and pickle does.
+    members |= {"__module__": "fused_act", "row": row, "saves": saves}
+    return NotTraced(row.spelling + kind, (KernelFunction,), members)
+
+
+def graph_name() -> str:
+    """The name by which the op of `define_graph_op` finds the kernels that `kernels_for` chose.
+
+    The name changes with the sources of this package, because AOTAutograd keeps compiled code on
+    disk under the text of a graph, and the text shows this name but not the formula.
+    """
+    kind = "formula" if dispatch.forced is None else dispatch.forced.name
+    return f"{kind} {SOURCES}"
+
+
+def define_graph_op(row: Row) -> OpOverload:
+    """Define `torch.ops.fused_act.NAME(x, ..., kernels) -> y`, the Function as an op of a graph.
+
+    This op stands for the Function in the graphs that Dynamo makes, so that second derivatives are
+    right. Dynamo would trace the backward of a Function with gradients off, and where a compiled
+    program is differentiated twice, the second derivative would be 0 (pytorch#91469, #181581).
+    Dynamo does not look into an op. AOTAutograd runs the op's implementation, and with it the
+    Function and its backward, as eager code does. So the graph that is compiled in the end has the
+    ops of the formula or of the kernels, and not this op.
+    """
+
+    def implementation(*args):
+        *inputs, name = args
+        if is_transformed():
+            return row.torch_forward(*inputs)
+        kind = name.partition(" ")[0]
+        if kind == "formula":
+            kernels = row.formula
+        else:
+            kernels = dispatch.BACKENDS[kind].ready().kernels[row.name]
+        return first(row.Function.apply_kernels(*inputs, kernels))
+
+    schema = f"{row.name}({row.signature}, str kernels) -> Tensor"
+    LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    LIBRARY.impl(row.name, implementation, "CompositeImplicitAutograd")
+    return getattr(torch.ops.fused_act, row.name).default
+
+
+def first(outputs: Tensor | tuple[Tensor, ...]) -> Tensor:
+    return outputs[0] if isinstance(outputs, tuple) else outputs
+
+
+def call(op, *args, **kwargs):
+    """Call an op from within a Function, below Autograd, where raw ops refuse to be differentiated.
+
+    The guard saves 2 us; Dynamo neither knows nor needs it.
+    """
+    if torch.compiler.is_dynamo_compiling():
+        return op(*args, **kwargs)
+    with below_autograd():
+        return op(*args, **kwargs)
+
+
+def is_backward_differentiated() -> bool:
+    """Whether the backward that runs is itself to be differentiated."""
+    return torch.is_grad_enabled() or is_forward_ad_active()
+
+
+def convert(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """`x.to(dtype)`, but no op where there is nothing to convert.
+
+    Before torch 2.12, Dynamo loses the gradient of a Function whose forward has such a no-op.
+    """
+    return x if x.dtype is dtype else x.to(dtype)
+
+
+def as_float(op: str, name: str, value: float, largest: float) -> float:
+    """The parameter `value` as a float, or an error unless it is at most `largest` in magnitude."""
+    # The first test is what a call costs; numbers.Real takes 0.3 us.
+    if type(value) is not float and (
+        not isinstance(value, numbers.Real) or isinstance(value, bool)
+    ):
+        raise TypeError(f"{op}: expected {name} to be a float, got {type(value).__name__}")
+    if not -largest <= value <= largest:
+        raise ValueError(f"{op}: expected {name} between {-largest} and {largest}, got {value}")
+    return float(value)
