@@ -1,0 +1,191 @@
+"""The house: what may name what, which way imports go, and where torch's private names stand.
+
+CONTRIBUTING.md has the picture.
+"""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+import fused_act
+from fused_act.activations import FAMILIES, ROWS
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "fused_act"
+PYTHON = sorted(PACKAGE.rglob("*.py"))
+CSRC = sorted((ROOT / "csrc").iterdir())
+
+# What is there to name activations: their files, the math, the lists, and what users import.
+NAMES_ACTIVATIONS = {
+    *(PACKAGE / "activations").iterdir(),
+    PACKAGE / "__init__.py",
+    PACKAGE / "replace.py",
+    PACKAGE / "backends" / "triton" / "activations.py",
+    ROOT / "csrc" / "activations.cuh",
+    ROOT / "csrc" / "register.cu",
+}
+# From the ground to the roof: a module imports from its own line and from those above it.
+LAYERS = [
+    {"version", "_torch_private", "dispatch"},
+    {"families"},
+    {"activations"},
+    {"ops"},
+    {"backends"},
+    {"rematerialization", "replace"},
+    {"__init__"},
+    {"__main__"},
+]
+
+
+def each(paths):
+    return pytest.mark.parametrize("path", paths, ids=lambda path: str(path.relative_to(ROOT)))
+
+
+def code_of(path: Path) -> str:
+    """The code, without comments and docstrings."""
+    text = path.read_text()
+    if path.suffix != ".py":
+        return re.sub(r"//.*", "", text)
+    tree = ast.parse(text)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+            node.value.value = ""
+    return ast.unparse(tree)
+
+
+def module_of(path: Path) -> str:
+    """The dotted name below fused_act: "families.base"."""
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" and len(parts) > 1 else parts)
+
+
+def imported(path: Path) -> dict[str, ast.AST]:
+    """The modules of ours that `path` imports, by dotted name, with the statement."""
+    modules = {module_of(each) for each in PYTHON}
+    found = {}
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("fused_act"):
+            base = node.module.removeprefix("fused_act").lstrip(".")
+            for alias in node.names:
+                name = f"{base}.{alias.name}".lstrip(".")
+                found[name if name in modules else base or "__init__"] = node
+    return found
+
+
+@each([path for path in (*PYTHON, *CSRC) if path not in NAMES_ACTIVATIONS])
+def test_generic_code_names_no_activation(path):
+    """But for examples, in comments and docstrings."""
+    names = "|".join(name.replace("_", "_?") for name in ROWS)
+    assert not re.findall(rf"(?i)(?<![a-z])(?:{names})(?![a-z])", code_of(path))
+
+
+@each([path for path in (*PYTHON, *CSRC) if path not in NAMES_ACTIVATIONS])
+def test_code_of_no_family_names_no_family(path):
+    """One family may build on another, as a mirrored activation is made of an elementwise one."""
+    if re.split(r"[_.]", path.name)[0] not in FAMILIES:
+        code = code_of(path).replace("tl.inline_asm_elementwise", "")
+        assert not re.findall(rf"(?i){'|'.join(FAMILIES)}", code)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_family_has_the_same_name_in_every_layer(family):
+    for path in (
+        PACKAGE / "families" / f"{family}.py",
+        PACKAGE / "backends" / "triton" / f"{family}.py",
+        ROOT / "csrc" / f"{family}.cuh",
+        ROOT / "csrc" / f"{family}_ops.cuh",
+    ):
+        assert path.exists()
+    for row in FAMILIES[family]:
+        assert row.family == family
+        assert type(row).__module__ == f"fused_act.families.{family}"
+
+
+def test_the_extension_registers_every_row():
+    registered = re.findall(
+        r'(\w+)::implement<(\w+)((?:, double)*)>\(library, "(\w+)"\)',
+        (ROOT / "csrc" / "register.cu").read_text(),
+    )
+    assert sorted(registered) == sorted(
+        (
+            row.family,
+            row.pair.spelling,
+            ", double" * len(getattr(row, "parameters", ())),
+            row.name,
+        )
+        for row in ROWS.values()
+    )
+
+
+def test_public_functions_are_spelled_as_their_rows():
+    for row in ROWS.values():
+        function = getattr(fused_act, f"{row.spelling}Function")
+        assert function is row.Function
+        assert (function.__module__, function.__qualname__) == (
+            "fused_act",
+            f"{row.spelling}Function",
+        )
+
+
+@each(PYTHON)
+def test_imports_go_downwards(path):
+    def layer(module):
+        (found,) = (i for i, layer in enumerate(LAYERS) if module.split(".")[0] in layer)
+        return found
+
+    module = module_of(path)
+    for name in imported(path):
+        assert layer(name) <= layer(module), f"{module} imports {name}"
+
+
+def test_no_module_imports_itself_in_a_circle():
+    """A package counts as what it imports, and not as what is in it."""
+    graph = {module_of(path): set(imported(path)) - {module_of(path)} for path in PYTHON}
+    while leaves := {module for module, found in graph.items() if not found & graph.keys()}:
+        graph = {module: found for module, found in graph.items() if module not in leaves}
+    assert not graph
+
+
+def test_the_ground_imports_nothing_of_ours():
+    for name in ("dispatch", "_torch_private", "version"):
+        assert not imported(PACKAGE / f"{name}.py")
+
+
+@each(PYTHON)
+def test_imports_stand_at_the_top(path):
+    """But for Triton, which takes 90 ms, and may be missing or broken."""
+    for function in ast.walk(ast.parse(path.read_text())):
+        if isinstance(function, (ast.FunctionDef, ast.Lambda)):
+            for node in ast.walk(function):
+                if isinstance(node, (ast.Import, ast.ImportFrom)):
+                    assert [alias.name for alias in node.names] == ["triton"]
+
+
+@each([path for path in PYTHON if path.name != "_torch_private.py"])
+def test_private_names_of_torch_stand_in_one_file(path):
+    allowed = {"_replace", "_asdict"}  # of a NamedTuple, which are public
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Attribute) and not node.attr.startswith("__"):
+            own = isinstance(node.value, ast.Name) and node.value.id in ("self", "cls")
+            assert not node.attr.startswith("_") or own or node.attr in allowed, node.attr
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("torch"):
+            names = [*node.module.split("."), *(alias.name for alias in node.names)]
+            assert not [name for name in names if name.startswith("_")]
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            assert not re.match(r"_(raw_)?saved_|_forward_cls", node.value)
+
+
+@each([*PYTHON, *CSRC])
+def test_files_are_short(path):
+    assert len(path.read_text().splitlines()) <= 330
+
+
+def test_a_torch_that_lacks_a_name_says_which():
+    from fused_act._torch_private import required
+
+    with pytest.raises(
+        ImportError, match=r"needs torch\._C\._NoSuchThing, which torch .* does not"
+    ):
+        required("_C._NoSuchThing")
