@@ -489,11 +489,11 @@ def triton_matrix_kernel(
     capability: int,
 ) -> Kernel:
     """The Triton kernel of a row of `matrix_kernels`, of long rows."""
-    if row.family == "mirrored":
-        compiled = compile_mirrored(row, direction, masked, dtype, 2**20, capability)
-    else:
-        compiled = compile_triton_weighted(row, direction, False, dtype, capability)
-    return code_of(compiled, row.name, dtype)
+    compile_ = {
+        "mirrored": lambda: compile_mirrored(row, direction, masked, dtype, 2**20, capability),
+        "weighted": lambda: compile_triton_weighted(row, direction, False, dtype, capability),
+    }
+    return code_of(compile_[row.family](), row.name, dtype)
 
 
 def cuda_matrix_kernel(
@@ -504,9 +504,11 @@ def cuda_matrix_kernel(
     dtype: torch.dtype,
 ) -> Kernel:
     """Likewise the one of the extension."""
-    if row.family == "mirrored":
-        return cuda_mirrored_kernel(kernels, row, direction, masked, dtype)
-    return cuda_weighted_kernel(kernels, row, direction, False, dtype)
+    find = {
+        "mirrored": lambda: cuda_mirrored_kernel(kernels, row, direction, masked, dtype),
+        "weighted": lambda: cuda_weighted_kernel(kernels, row, direction, False, dtype),
+    }
+    return find[row.family]()
 
 
 def matrix_kernels() -> Iterator[tuple[Row, str, bool]]:

@@ -6,6 +6,42 @@
 
 namespace fused_act::elementwise {
 
+// Whether a and b, of one size, share memory but start at different places.
+inline bool overlap_partially(const Tensor& a, const Tensor& b) {
+  const auto distance =
+      static_cast<const char*>(a.const_data_ptr()) - static_cast<const char*>(b.const_data_ptr());
+  return distance != 0 && std::abs(distance) < b.numel() * static_cast<int64_t>(b.element_size());
+}
+
+// copy_ refuses an expanded `out` too, but through the stable ABI its message is lost.
+inline void check_not_expanded(const Tensor& out) {
+  for (int64_t i = 0; i < out.dim(); i++) {
+    STD_TORCH_CHECK(out.numel() == 0 || out.size(i) < 2 || out.stride(i) != 0,
+                    "unsupported operation: more than one element of the written-to tensor refers "
+                    "to a single memory location. Please clone() the tensor before performing the "
+                    "operation.");
+  }
+}
+
+// A mask for x, whose elements lie in memory as `stride`, of a dense tensor, says.
+inline void check_mask(const Tensor& x, const Tensor& mask, const std::vector<int64_t>& stride) {
+  STD_TORCH_CHECK(x.is_cuda() && mask.is_cuda() &&
+                      x.get_device_index() == mask.get_device_index() &&
+                      mask.scalar_type() == ScalarType::Byte && mask.is_contiguous() &&
+                      mask.numel() == (x.numel() + 7) / 8,
+                  "fused_act: expected a contiguous uint8 mask with one bit for each of ",
+                  x.numel(), " elements, got ", mask.numel(), " bytes");
+  STD_TORCH_CHECK(
+      stride.size() == x.sizes().size() && (x.numel() == 0 || is_dense(x.sizes(), stride)),
+      "fused_act: expected the stride of a dense tensor of the shape of grad_output");
+}
+
+inline Tensor empty_mask(const Tensor& x) {
+  const int64_t size = (x.numel() + 7) / 8;
+  const int64_t stride = 1;
+  return empty_strided({&size, 1}, {&stride, 1}, aoti_torch_dtype_uint8(), x);
+}
+
 // The ops of one activation. Parameters are its floats, which follow the tensors.
 template <template <typename> class Activation, typename... Parameters>
 struct Ops {

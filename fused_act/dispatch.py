@@ -26,8 +26,9 @@ PLAIN = (Tensor, torch.nn.Parameter)  # the types that kernels take; a subclass 
 class Kernels(NamedTuple):
     """The functions of one activation in one backend.
 
-    Each takes the activation's float parameters behind the tensors. None is what it does not need,
-    for it saves something else for backward.
+    Each takes the tensors and then the activation's parameters. None is what it does not need, for
+    it saves something else for backward. With a weight, `weight` follows `x`, and backward returns
+    the gradients of both.
     """
 
     forward: Callable[..., Tensor]  # (x) -> y

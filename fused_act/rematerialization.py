@@ -22,10 +22,11 @@ from torch.autograd.graph import Node, saved_tensors_hooks
 from fused_act._torch_private import base_of, forward_class, raw_saved, saved, version_of
 from fused_act.activations import ROWS
 from fused_act.dispatch import PLAIN
-from fused_act.families.base import NotTraced
+from fused_act.families.base import is_ours
 
 LOCK = threading.RLock()
 RECOMPUTED = "fused_act.rematerialize"  # the key in a node's metadata
+ROWS_BY_NODE = {row.torch_node: row for row in ROWS.values() if row.torch_node is not None}
 # Whether a norm's output, computed again, has the same bits, by what could make a difference.
 SAME_BITS: dict[tuple, bool] = {}
 
@@ -154,14 +155,11 @@ def recompute(tensor: Tensor, norm: bool) -> Recomputed | None:
 def of_activation(node: Node) -> Recomputed | None:
     function = forward_class(node)
     if function is not None:
-        # Not a user's subclass, which may compute something else.
-        forward = function.recompute(node) if isinstance(function, NotTraced) else None
+        forward = function.recompute(node) if is_ours(function) else None
         return None if forward is None else Recomputed(forward, [peek(node)])
-    for row in ROWS.values():
-        forward = row.recompute_torch(node)
-        if forward is not None:
-            return Recomputed(forward, [peek(node, "self")])
-    return None
+    row = ROWS_BY_NODE.get(node.name())
+    forward = None if row is None else row.recompute_torch(node)
+    return None if forward is None else Recomputed(forward, [peek(node, "self")])
 
 
 # By the name of the node: the op, and what the node calls its epsilon.
@@ -223,10 +221,10 @@ def rematerialize(*, norm: bool = False) -> Iterator[None]:
 
     What is kept all the same: what an activation has written in place, the output of a ReLU6 kernel
     (which saves bits, not its input), of a Swish with another `beta` than 1 where no kernel runs,
-    of an activation with a learnable weight, of one whose output was changed afterwards or cast by
-    autocast, and a view of an output that negates it, such as `z.conj().imag` of a complex view z
-    (pytorch#184379). A change through `.data` is one that nobody sees: the output is computed again
-    as it was before.
+    of an activation with a learnable weight, of a user's subclass of a Function, of one whose
+    output was changed afterwards or cast by autocast, and a view of an output that negates it, such
+    as `z.conj().imag` of a complex view z (pytorch#184379). A change through `.data` is one that
+    nobody sees: the output is computed again as it was before.
 
     Args:
         norm: also compute the outputs of batch normalization again, from its input. Where torch

@@ -26,17 +26,23 @@ NAMES_ACTIVATIONS = {
     ROOT / "csrc" / "activations.cuh",
     ROOT / "csrc" / "register.cu",
 }
-# From the ground to the roof: a module imports from its own line and from those above it.
+# In the order of imports: a module imports from its own line, but for the lines that are apart, and
+# from those above it. A package stands for what is in it.
 LAYERS = [
     {"version", "_torch_private", "dispatch"},
+    {"families.raw_op"},
+    {"families.base"},
+    {"families.masks"},
     {"families"},
     {"activations"},
     {"ops"},
+    {"backends.cuda", "backends.triton", "backends.eager"},
     {"backends"},
     {"rematerialization", "replace"},
     {"__init__"},
     {"__main__"},
 ]
+APART = (LAYERS[0], LAYERS[7], LAYERS[9])
 
 
 def each(paths):
@@ -61,24 +67,34 @@ def module_of(path: Path) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" and len(parts) > 1 else parts)
 
 
-def imported(path: Path) -> dict[str, ast.AST]:
-    """The modules of ours that `path` imports, by dotted name, with the statement."""
+def imported(path: Path) -> set[str]:
+    """The modules of ours that `path` imports, by dotted name below fused_act."""
     modules = {module_of(each) for each in PYTHON}
-    found = {}
+    found = set()
     for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("fused_act"):
-            base = node.module.removeprefix("fused_act").lstrip(".")
-            for alias in node.names:
-                name = f"{base}.{alias.name}".lstrip(".")
-                found[name if name in modules else base or "__init__"] = node
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        else:
+            continue
+        for name in names:
+            package, _, rest = name.partition(".")
+            if package == "fused_act":
+                while rest not in modules and rest:
+                    rest = rest.rpartition(".")[0]  # a name in a module
+                found.add(rest or "__init__")
     return found
 
 
 @each([path for path in (*PYTHON, *CSRC) if path not in NAMES_ACTIVATIONS])
 def test_generic_code_names_no_activation(path):
     """But for examples, in comments and docstrings."""
-    names = "|".join(name.replace("_", "_?") for name in ROWS)
-    assert not re.findall(rf"(?i)(?<![a-z])(?:{names})(?![a-z])", code_of(path))
+    code = code_of(path)
+    assert not re.findall(rf"(?<![a-z])(?:{'|'.join([*ROWS, 'silu'])})(?![a-z])", code)
+    spellings = "|".join([*(row.spelling for row in ROWS.values()), "SiLU", "Silu"])
+    assert not re.findall(rf"(?:{spellings})(?![a-z])", code)
 
 
 @each([path for path in (*PYTHON, *CSRC) if path not in NAMES_ACTIVATIONS])
@@ -131,13 +147,22 @@ def test_public_functions_are_spelled_as_their_rows():
 
 @each(PYTHON)
 def test_imports_go_downwards(path):
-    def layer(module):
-        (found,) = (i for i, layer in enumerate(LAYERS) if module.split(".")[0] in layer)
-        return found
+    def place(module):
+        """The number of the line, and what stands there for `module`."""
+        name = module
+        while True:
+            for i, layer in enumerate(LAYERS):
+                if name in layer:
+                    return i, name
+            name = name.rpartition(".")[0]
 
     module = module_of(path)
+    line, part = place(module)
     for name in imported(path):
-        assert layer(name) <= layer(module), f"{module} imports {name}"
+        other_line, other = place(name)
+        assert other_line <= line, f"{module} imports {name}"
+        if LAYERS[line] in APART:
+            assert other_line < line or other == part, f"{module} imports {name}"
 
 
 def test_no_module_imports_itself_in_a_circle():
@@ -156,11 +181,10 @@ def test_the_ground_imports_nothing_of_ours():
 @each(PYTHON)
 def test_imports_stand_at_the_top(path):
     """But for Triton, which takes 90 ms, and may be missing or broken."""
-    for function in ast.walk(ast.parse(path.read_text())):
-        if isinstance(function, (ast.FunctionDef, ast.Lambda)):
-            for node in ast.walk(function):
-                if isinstance(node, (ast.Import, ast.ImportFrom)):
-                    assert [alias.name for alias in node.names] == ["triton"]
+    tree = ast.parse(path.read_text())
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Import, ast.ImportFrom)) and node not in tree.body:
+            assert ast.unparse(node) == "import triton"
 
 
 @each([path for path in PYTHON if path.name != "_torch_private.py"])
@@ -168,13 +192,21 @@ def test_private_names_of_torch_stand_in_one_file(path):
     allowed = {"_replace", "_asdict"}  # of a NamedTuple, which are public
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Attribute) and not node.attr.startswith("__"):
-            own = isinstance(node.value, ast.Name) and node.value.id in ("self", "cls")
-            assert not node.attr.startswith("_") or own or node.attr in allowed, node.attr
-        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("torch"):
-            names = [*node.module.split("."), *(alias.name for alias in node.names)]
-            assert not [name for name in names if name.startswith("_")]
-        if isinstance(node, ast.Constant) and isinstance(node.value, str):
-            assert not re.match(r"_(raw_)?saved_|_forward_cls", node.value)
+            assert not node.attr.startswith("_") or node.attr in allowed, node.attr
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            names = [alias.name for alias in node.names]
+            dotted = [
+                *(getattr(node, "module", None) or "").split("."),
+                *".".join(names).split("."),
+            ]
+            private = {name for name in dotted if re.match("_[a-zA-Z]", name)}
+            assert private <= {"_torch_private"}
+            assert "required" not in names
+        if isinstance(node, ast.Call) and isinstance(node.func, (ast.Name, ast.Attribute)):
+            function = ast.unparse(node.func).rpartition(".")[2]
+            if function in ("getattr", "hasattr", "setattr", "attrgetter"):
+                strings = [each.value for each in ast.walk(node) if isinstance(each, ast.Constant)]
+                assert not [text for text in strings if re.search(r"(^|\.)_[a-zA-Z]", str(text))]
 
 
 @each([*PYTHON, *CSRC])

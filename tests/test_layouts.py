@@ -98,13 +98,13 @@ def test_negative_bit_views(case, backend):
 @pytest.mark.parametrize("backend", BACKENDS[:1])
 def test_one_by_one_images_are_not_copied(backend):
     """channels_last and contiguous differ there in strides that nothing steps by."""
-    from fused_act.backends.triton.tiles import with_stride
+    from fused_act.backends.triton.tiles import with_layout_of
 
     contiguous = torch.randn(3, 5, 1, 1, device=DEVICE)
     channels_last = contiguous.as_strided((3, 5, 1, 1), (5, 1, 5, 5))
-    assert with_stride(contiguous, channels_last.stride()) is contiguous
+    assert with_layout_of(channels_last, contiguous) is contiguous
     other = torch.randn(5, 3, 1, 1, device=DEVICE).transpose(0, 1)
-    copy = with_stride(other, contiguous.stride())
+    copy = with_layout_of(contiguous, other)
     assert copy.stride() == contiguous.stride()
     assert torch.equal(copy, other)
 

@@ -24,8 +24,8 @@ def torch_backward(grad_output: Tensor, x: Tensor, negative_slope: float) -> Ten
     return torch.ops.aten.leaky_relu_backward.default(grad_output, x, negative_slope, False)
 
 
-def torch_node(node: Node) -> tuple[float] | None:
-    return (saved(node, "negative_slope"),) if node.name() == "LeakyReluBackward0" else None
+def torch_parameters(node: Node) -> tuple[float]:
+    return (saved(node, "negative_slope"),)
 
 
 ROW = Elementwise(
@@ -35,7 +35,8 @@ ROW = Elementwise(
     torch_backward=torch_backward,
     parameters=("negative_slope",),
     saves="mask",
-    torch_node=torch_node,
+    torch_node="LeakyReluBackward0",
+    torch_parameters=torch_parameters,
 )
 
 

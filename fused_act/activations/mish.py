@@ -48,7 +48,7 @@ ROW = Elementwise(
     forward=forward,
     derivative=derivative,
     fuses=lambda: True,
-    torch_node=lambda node: () if node.name() == "MishBackward0" else None,
+    torch_node="MishBackward0",
 )
 
 

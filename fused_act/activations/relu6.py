@@ -22,9 +22,8 @@ def torch_backward(grad_output: Tensor, x: Tensor) -> Tensor:
     return torch.ops.aten.hardtanh_backward.default(grad_output, x, 0.0, 6.0)
 
 
-def torch_node(node: Node) -> tuple[()] | None:
-    if node.name() != "HardtanhBackward0":
-        return None
+def torch_parameters(node: Node) -> tuple[()] | None:
+    """A ReLU6 is a Hardtanh with these bounds."""
     return () if (saved(node, "min_val"), saved(node, "max_val")) == (0, 6) else None
 
 
@@ -34,7 +33,8 @@ ROW = Elementwise(
     torch_forward=F.relu6,
     torch_backward=torch_backward,
     saves="mask",
-    torch_node=torch_node,
+    torch_node="HardtanhBackward0",
+    torch_parameters=torch_parameters,
 )
 
 

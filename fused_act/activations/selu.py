@@ -27,10 +27,8 @@ def torch_backward_from_output(grad_output: Tensor, y: Tensor) -> Tensor:
     return torch.ops.aten.elu_backward.default(grad_output, ALPHA, SCALE, 1.0, True, y)
 
 
-def torch_node(node: Node) -> tuple[()] | None:
+def torch_parameters(node: Node) -> tuple[()] | None:
     """A SELU is an ELU with these constants."""
-    if node.name() != "EluBackward0":
-        return None
     constants = saved(node, "alpha"), saved(node, "scale"), saved(node, "input_scale")
     return () if constants == (ALPHA, SCALE, 1) else None
 
@@ -41,7 +39,8 @@ ROW = Elementwise(
     torch_forward=F.selu,
     torch_backward=torch_backward,
     torch_backward_from_output=torch_backward_from_output,
-    torch_node=torch_node,
+    torch_node="EluBackward0",
+    torch_parameters=torch_parameters,
 )
 
 

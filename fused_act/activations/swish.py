@@ -68,7 +68,8 @@ ROW = Elementwise(
     parameters=("beta",),
     # Inductor does torch's own SiLU as well as it can be done. Beyond 1e30, x * q underflows.
     fuses=lambda beta: beta != 1.0 and abs(beta) <= 1e30,
-    torch_node=lambda node: (1.0,) if node.name() == "SiluBackward0" else None,
+    torch_node="SiluBackward0",
+    torch_parameters=lambda node: (1.0,),
 )
 
 

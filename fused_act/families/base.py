@@ -55,6 +55,8 @@ class Row:
         name: names the raw ops (`leaky_relu`, `leaky_relu_backward`), the op of a compiled graph
             and the Triton functions.
         spelling: names the public Function (`LeakyReLUFunction`) and the C++ struct (`LeakyReLU`).
+        torch_node: the name of the node that torch's own op makes in the autograd graph, if
+            `rematerialize` may compute its output again.
 
     `eager` are kernels made of torch's own ops, and `formula` those that `torch.compile` gets to
     fuse, if there are any. `Function` records a call for autograd. `graph_op` is the op that stands
@@ -63,6 +65,7 @@ class Row:
 
     name: str
     spelling: str
+    torch_node: str | None = None
     eager: Kernels = dataclasses.field(init=False)
     formula: Kernels | None = dataclasses.field(init=False, default=None)
     Function: type[KernelFunction] = dataclasses.field(init=False)
@@ -93,9 +96,9 @@ class Row:
     def recompute_torch(self, node: Node) -> Callable[[Tensor], Tensor] | None:
         """How the output of torch's own op is computed again, from the input that `node` saves.
 
-        None where `node` is of another op, or where the output is not computed again.
+        None where `node`, which is called `torch_node`, computed something else.
         """
-        return None
+        raise NotImplementedError
 
     def make_eager(self) -> Kernels:
         raise NotImplementedError
@@ -123,8 +126,7 @@ def kernels_for(row: Row, x: Tensor, *parameters: float) -> Kernels:
     """
     forced = dispatch.forced
     if torch.compiler.is_compiling():
-        # A name costs compiled code a guard at each call, and a module that is reached through two
-        # others one in Python.
+        # Each name costs compiled code a guard at each call; these two calls hide torch's own.
         if is_exporting():
             return row.eager
         if forced is None and not row.fuses(*parameters):
@@ -160,8 +162,14 @@ class NotTraced(type(torch.autograd.Function)):
 
     def __init__(cls, name: str, bases: tuple[type, ...], members: dict[str, object]):
         super().__init__(name, bases, members)
-        if "row" not in members:  # a user's subclass, which may compute something else
+        # A user's subclass may compute something else.
+        if not isinstance(members.get("row"), Row):
             cls.__class__ = type(torch.autograd.Function)
+
+
+def is_ours(function: type[torch.autograd.Function]) -> bool:
+    """Whether `function` is one of the Functions of this package, and no subclass of a user's."""
+    return isinstance(function, NotTraced)
 
 
 class KernelFunction(torch.autograd.Function):
@@ -189,7 +197,7 @@ class KernelFunction(torch.autograd.Function):
     def apply(cls, *args: object) -> Tensor:
         if torch.compiler.is_dynamo_compiling():
             return cls.row.activate(*args)
-        if is_transformed() and isinstance(cls, NotTraced):
+        if is_transformed() and is_ours(cls):
             return cls.row.torch_forward(*args)
         return first(super().apply(*args))
 

@@ -45,6 +45,7 @@ from fused_act.families.raw_op import (
     dense_stride,
     empty_mask,
     empty_strided,
+    like_x,
 )
 
 
@@ -53,7 +54,7 @@ class Elementwise(Row):
     """One elementwise activation.
 
     Args:
-        name, spelling: as in `Row`.
+        name, spelling, torch_node: as in `Row`.
         torch_forward: torch's own op, `torch_forward(x, *parameters, inplace) -> y`.
         torch_backward: its gradient, bit for bit: `torch_backward(grad_output, x, *parameters)`.
         torch_backward_from_output: likewise, `torch_backward_from_output(grad_output, y,
@@ -65,8 +66,8 @@ class Elementwise(Row):
         parameters: names of the float parameters that follow `x`.
         saves: what the kernels save for backward out of place: `x`; `y`; or `mask`, one bit an
             element, which tells whether the gradient passes as at x = 1, or else as at x = -1.
-        torch_node: the parameters of a node of the autograd graph that computed torch's own op, or
-            None of any other node.
+        torch_parameters: the parameters that a node called `torch_node` had, or None if it is that
+            of another function.
 
     `InplaceFunction` records a call in place.
     """
@@ -79,14 +80,15 @@ class Elementwise(Row):
     fuses: Callable[..., bool] = lambda *parameters: False
     parameters: tuple[str, ...] = ()
     saves: Literal["x", "y", "mask"] = "x"
-    torch_node: Callable[[Node], tuple[float, ...] | None] = lambda node: None
+    torch_parameters: Callable[[Node], tuple[float, ...] | None] = lambda node: ()
     InplaceFunction: type[KernelFunction] = dataclasses.field(init=False)
 
     family: ClassVar[str] = "elementwise"
 
     def __post_init__(self):
         super().__post_init__()
-        self.define("formula", self.make_formula())
+        if self.forward is not None:
+            self.define("formula", self.make_formula())
         self.define("InplaceFunction", self.make_inplace_function())
 
     @property
@@ -175,7 +177,7 @@ class Elementwise(Row):
         return function_class(self, "InplaceFunction", saves, forward, backward)
 
     def recompute_torch(self, node: Node) -> Callable[[Tensor], Tensor] | None:
-        parameters = self.torch_node(node)
+        parameters = self.torch_parameters(node)
         return None if parameters is None else lambda x: self.eager.forward(x, *parameters)
 
     def activate(self, x: Tensor, *parameters: float, inplace: bool = False) -> Tensor:
@@ -232,16 +234,12 @@ class Elementwise(Row):
         return ops
 
 
-# What the raw ops return. An output is dense, and keeps the strides of `x` if `x` is dense.
-def like_x(x: Tensor, *parameters: float) -> Tensor:
-    return torch.empty_like(x)
-
-
+# What the raw ops return.
 def nothing(x: Tensor, *parameters: float, out: Tensor) -> None:
     return None
 
 
-def mask_of(x: Tensor, *parameters: float, out: Tensor | None = None) -> Tensor:
+def mask_of(x: Tensor, *parameters: float, out: Tensor) -> Tensor:
     return empty_mask(x, mask_numel(x))
 
 

@@ -50,6 +50,8 @@ from fused_act.families.raw_op import (
 class Mirrored(Row):
     """One mirrored activation.
 
+    `torch.compile` gets torch's own ops, of which Inductor makes one kernel.
+
     Args:
         name, spelling: as in `Row`.
         derived_from: `f`, whose Triton functions and C++ struct the kernels take.

@@ -103,6 +103,11 @@ def dense_stride(x: Tensor) -> tuple[int, ...]:
     return (x if x.is_contiguous() else torch.empty_like(x, device="meta")).stride()
 
 
+def like_x(x: Tensor, *args) -> Tensor:
+    """An output for each element of `x`. It is dense, and keeps the strides of a dense `x`."""
+    return torch.empty_like(x)
+
+
 def empty_strided(like: Tensor, shape: Sequence[int], stride: Sequence[int]) -> Tensor:
     """A tensor of this shape and stride, of the dtype and device of `like`."""
     return torch.empty_strided(shape, stride, dtype=like.dtype, device=like.device)

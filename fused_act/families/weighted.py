@@ -30,12 +30,14 @@ from fused_act.families.base import (
     is_backward_differentiated,
     kernels_for,
 )
-from fused_act.families.raw_op import RawOp, check
+from fused_act.families.raw_op import RawOp, check, like_x
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
 class Weighted(Row):
     """One activation with a weight.
+
+    `torch.compile` gets torch's own ops, which Inductor fuses, the sum for the weight included.
 
     Args:
         name, spelling: as in `Row`.
@@ -124,12 +126,8 @@ class Weighted(Row):
         }
 
 
-def like_x(x: Tensor, weight: Tensor) -> Tensor:
-    return torch.empty_like(x)
-
-
 def like_x_and_weight(grad_output: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(x), torch.empty_like(weight)
+    return torch.empty_like(x), weight.new_empty(weight.shape)
 
 
 def check_weighted(

@@ -18,7 +18,6 @@ from fused_act import ops
 from fused_act.activations import ROWS
 from fused_act.dispatch import Backend, Kernels, gpu_unavailable, older
 from fused_act.families.base import Row
-from fused_act.families.raw_op import RawOp
 
 MINIMUM = (3, 6)
 INTERPRET = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
@@ -94,14 +93,15 @@ def implementations(row: Row) -> dict[str, Callable]:
     """The implementation of each raw op of `row`, by name."""
     launches = importlib.import_module(f"{__name__}.{row.family}").launches(row)
     return {
-        op.name: functools.partial(run, op, launches[field]) for field, op in row.raw_ops().items()
+        op.name: functools.partial(run, op.name, op.check, op.allocate, launches[field])
+        for field, op in row.raw_ops().items()
     }
 
 
-def run(op: RawOp, launch, *args, **kwargs):
-    """The implementation of `op`: the one place that checks arguments and allocates outputs."""
-    op.check(op.name, None, *args, **kwargs)
-    outputs = op.allocate(*args, **kwargs)
+def run(name: str, check: Callable, allocate: Callable, launch: Callable, *args, **kwargs):
+    """The implementation of each raw op: check the arguments, allocate the outputs, launch."""
+    check(name, None, *args, **kwargs)
+    outputs = allocate(*args, **kwargs)
     launch(outputs, *args, **kwargs)
     return outputs
 

@@ -23,7 +23,7 @@ from fused_act.backends.triton.tiles import (
     pack,
     store,
     unpack,
-    with_stride,
+    with_layout_of,
 )
 from fused_act.families.elementwise import Elementwise
 
@@ -153,7 +153,7 @@ def launches(row: Elementwise) -> dict[str, Callable[..., None]]:
     function, passes = functions_of(row, "forward", "passes" if masked else None)
 
     def run(x, y, mask, parameters):
-        x = with_stride(x, y.stride())
+        x = with_layout_of(y, x)
         launch(forward_kernel, x, x, y, mask, x.numel(), parameters, function, passes)
 
     def run_out(x, out, mask, parameters):
@@ -167,12 +167,12 @@ def launches(row: Elementwise) -> dict[str, Callable[..., None]]:
             out.copy_(y)
 
     def run_backward(function, tile, grad_output, saved, grad_input, parameters):
-        grad = with_stride(grad_output, grad_input.stride())
+        grad = with_layout_of(grad_input, grad_output)
         numel = grad.numel()
         launch(backward_kernel, grad, grad, saved, grad_input, numel, parameters, function, tile)
 
     def backward(function, grad_input, grad_output, saved, *parameters):
-        saved = with_stride(saved, grad_input.stride())
+        saved = with_layout_of(grad_input, saved)
         run_backward(function, backward_tile, grad_output, saved, grad_input, parameters)
 
     def masked_backward(function, grad_input, grad_output, mask, *parameters_and_stride):

@@ -16,15 +16,15 @@ from fused_act.backends.triton.activations import functions_of
 from fused_act.backends.triton.tiles import (
     NUM_WARPS,
     block_size,
+    has_layout,
     load,
     mask_offsets,
     pack,
     store,
     tile_of,
-    with_stride,
 )
 from fused_act.families.mirrored import Layout, Mirrored
-from fused_act.families.raw_op import dense_stride
+from fused_act.families.raw_op import empty_strided, is_dense
 
 # With 40 registers, as many as elsewhere, tiles of 16 columns spill.
 OPTIONS = {"num_warps": NUM_WARPS, "maxnreg": 48}
@@ -183,14 +183,17 @@ def launches(row: Mirrored) -> dict[str, Callable[..., None]]:
     function, passes, gradient = functions_of(row, "forward", "passes", "gradient")
 
     def run(x, dim, y, mask):
-        x = with_stride(x, dense_stride(x))
+        if not (x.is_contiguous() or is_dense(x.shape, x.stride())):
+            x = torch.empty_like(x).copy_(x)
         columns = x.size(dim) * y.stride(dim)  # y tells how many elements a step along dim takes
         rows = x.numel() // columns if columns else 0
         launch(forward_kernel, rows, columns, (x, y, mask), function, passes)
 
     def backward(grad_input, grad_output, mask, dim, stride):
         layout = Layout.of(grad_input.shape, stride, dim)
-        grad_output = with_stride(grad_output, layout.stride)
+        if not has_layout(grad_output, layout.stride):
+            copy = empty_strided(grad_output, layout.shape, layout.stride)
+            grad_output = copy.copy_(grad_output)
         tensors = grad_output, mask, grad_input
         launch(backward_kernel, layout.rows, layout.columns, tensors, gradient)
 

@@ -9,8 +9,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fused_act.families.raw_op import empty_strided
-
 # 32 bytes a thread: two 16-byte accesses for each input.
 NUM_WARPS = 4
 BYTES_PER_BLOCK = 32 * 32 * NUM_WARPS
@@ -85,6 +83,6 @@ def has_layout(x: Tensor, stride: Sequence[int]) -> bool:
     return all(size == 1 or step == expected for size, step, expected in strides)
 
 
-def with_stride(x: Tensor, stride: Sequence[int]) -> Tensor:
-    """`x` in `stride`, that of a dense tensor: itself or a copy."""
-    return x if has_layout(x, stride) else empty_strided(x, x.shape, stride).copy_(x)
+def with_layout_of(like: Tensor, x: Tensor) -> Tensor:
+    """`x` in the strides of the dense tensor `like`: itself or a copy."""
+    return x if has_layout(x, like.stride()) else torch.empty_like(like).copy_(x)

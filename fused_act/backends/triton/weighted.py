@@ -23,7 +23,7 @@ from fused_act.backends.triton.tiles import (
     load,
     store,
     tile_of,
-    with_stride,
+    with_layout_of,
 )
 from fused_act.families.weighted import Weighted
 
@@ -211,7 +211,7 @@ def launches(row: Weighted) -> dict[str, Callable[..., None]]:
     def forward(y, x, weight):
         if x.numel() == 0:
             return
-        x = with_stride(x, y.stride())
+        x = with_layout_of(y, x)
         matrix = Matrix.of(x, weight.numel(), block_size(x.dtype))
         launch(forward_kernel, FORWARD_OPTIONS, matrix, (x, y), x, weight, function)
 
@@ -220,8 +220,7 @@ def launches(row: Weighted) -> dict[str, Callable[..., None]]:
         if x.numel() == 0:
             grad_weight.zero_()
             return
-        stride = grad_input.stride()
-        x, grad_output = with_stride(x, stride), with_stride(grad_output, stride)
+        x, grad_output = with_layout_of(grad_input, x), with_layout_of(grad_input, grad_output)
         matrix = Matrix.of(x, weight.numel(), backward_block_size(x.dtype))
         row_blocks, column_blocks = matrix.blocks
         if matrix.by_column:
