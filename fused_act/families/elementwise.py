@@ -257,8 +257,7 @@ def like_grad_output(grad_output: Tensor, mask: Tensor, *parameters_and_stride) 
 
 def check_x(op: str, device_types: tuple[str, ...] | None, x: Tensor, *args, out=None) -> None:
     """The arguments of forward, or those of backward: `grad_output`, then what is saved."""
-    saved = args[0] if args and isinstance(args[0], Tensor) else None
-    check(op, device_types, x, out if saved is None else saved)
+    check(op, device_types, x, args[0] if args and isinstance(args[0], Tensor) else out)
 
 
 def check_masked_backward(

@@ -152,7 +152,7 @@ def launches(row: Elementwise) -> dict[str, Callable[..., None]]:
     masked = row.saves == "mask"
     function, passes = functions_of(row, "forward", "passes" if masked else None)
 
-    def run(x, y, mask, parameters):
+    def forward(y, x, *parameters, mask=None):
         x = with_layout_of(y, x)
         launch(forward_kernel, x, x, y, mask, x.numel(), parameters, function, passes)
 
@@ -162,7 +162,7 @@ def launches(row: Elementwise) -> dict[str, Callable[..., None]]:
         dense = y.stride() == out.stride()
         if 0 < abs(x.data_ptr() - out.data_ptr()) < out.numel() * out.itemsize:
             x = x.clone()  # the same memory, but not the same elements: a tile may read a result
-        run(x, out if dense else y, mask, parameters)
+        forward(out if dense else y, x, *parameters, mask=mask)
         if not dense:
             out.copy_(y)
 
@@ -179,13 +179,17 @@ def launches(row: Elementwise) -> dict[str, Callable[..., None]]:
         parameters = parameters_and_stride[:-1]
         run_backward(function, masked_backward_tile, grad_output, mask, grad_input, parameters)
 
+    def forward_with_mask(outputs, x, *parameters):
+        y, mask = outputs
+        forward(y, x, *parameters, mask=mask)
+
     found = {
-        "forward": lambda y, x, *parameters: run(x, y, None, parameters),
+        "forward": forward,
         "forward_out": lambda _, x, *parameters, out: run_out(x, out, None, parameters),
     }
     if masked:
         found |= {
-            "forward_with_mask": lambda outputs, x, *parameters: run(x, *outputs, parameters),
+            "forward_with_mask": forward_with_mask,
             "forward_with_mask_out": lambda mask, x, *parameters, out: run_out(
                 x, out, mask, parameters
             ),
