@@ -199,11 +199,11 @@ class use_backend:
         self.previous = forced
         forced = self.backend
 
-    def __enter__(self):
+    def __enter__(self) -> use_backend:
         global forced
         forced = self.backend
         return self
 
-    def __exit__(self, *exception):
+    def __exit__(self, *exception: object) -> None:
         global forced
         forced = self.previous

@@ -9,6 +9,8 @@ requires grad. (`torch.ops.fused_act.*` are other ops, see `families.base.define
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.autograd.forward_ad as forward_ad
@@ -16,6 +18,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from fused_act._torch_private import (
+    OpOverload,
     always_recomputed_ops,
     below_autograd,
     below_inplace_or_view,
@@ -36,11 +39,13 @@ def is_differentiated(x: Tensor) -> bool:
     return torch.is_grad_enabled() and x.requires_grad
 
 
-def refuse_autograd(op, raw_op: RawOp, public: str, device_types: tuple[str, ...]):
+def refuse_autograd(
+    op: OpOverload, raw_op: RawOp, public: str, device_types: tuple[str, ...]
+) -> Callable[..., Any]:
     """The Autograd kernel of a raw op: check what users pass in; never lose a gradient silently."""
     name = op.name()
 
-    def autograd(*args, **kwargs):
+    def autograd(*args: Any, **kwargs: Any) -> Any:
         tensors = [arg for arg in (*args, *kwargs.values()) if isinstance(arg, Tensor)]
         if any(is_differentiated(tensor) for tensor in tensors):
             raise RuntimeError(
@@ -54,7 +59,7 @@ def refuse_autograd(op, raw_op: RawOp, public: str, device_types: tuple[str, ...
     return autograd
 
 
-def bump_version(op, *args, out, **kwargs):
+def bump_version(op: OpOverload, *args: Any, out: Tensor, **kwargs: Any) -> Any:
     """The ADInplaceOrView kernel of an out op: autograd must learn that `out` has changed.
 
     Without it a later backward through `out` gets a wrong gradient in silence.
@@ -84,7 +89,7 @@ def define(namespace: str, device_types: tuple[str, ...]) -> torch.library.Libra
     return library
 
 
-def overload(namespace: str, name: str):
+def overload(namespace: str, name: str) -> OpOverload:
     """The op `name` ("mish", "mish.out") of `namespace`."""
     packet, _, overload_name = name.partition(".")
     return getattr(getattr(getattr(torch.ops, namespace), packet), overload_name or "default")

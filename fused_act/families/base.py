@@ -12,7 +12,7 @@ import numbers
 import zlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeGuard, TypeVar
 
 import torch
 from torch import Tensor
@@ -29,6 +29,8 @@ from fused_act._torch_private import (
 from fused_act.dispatch import DTYPES, PLAIN, Kernels
 from fused_act.families.raw_op import RawOp
 from fused_act.version import __version__
+
+Result = TypeVar("Result")
 
 # The ops of `define_graph_op`. Kept here because ops vanish with their Library.
 LIBRARY = torch.library.Library("fused_act", "DEF")
@@ -49,8 +51,6 @@ SOURCES = digest(Path(__file__).parent.parent)
 class Row:
     """One activation, as the generic code sees it. A family is a subclass.
 
-    A subclass also has `torch_forward(x, ...) -> y`, in torch's own ops.
-
     Args:
         name: names the raw ops (`leaky_relu`, `leaky_relu_backward`), the op of a compiled graph
             and the Triton functions.
@@ -67,15 +67,24 @@ class Row:
     spelling: str
     torch_node: str | None = None
     eager: Kernels = dataclasses.field(init=False)
-    formula: Kernels | None = dataclasses.field(init=False, default=None)
+    # `Any` stands for None: where it is called `fuses` has said that it is there.
+    formula: Kernels | Any = dataclasses.field(init=False, default=None)
     Function: type[KernelFunction] = dataclasses.field(init=False)
-    graph_op: OpOverload = dataclasses.field(init=False)
+    graph_op: Callable[..., Tensor] = dataclasses.field(init=False)
 
     family: ClassVar[str]  # the name of its modules
-    # Of the public function, out of place: "Tensor x, float negative_slope".
-    signature: ClassVar[str]
 
-    def __post_init__(self):
+    if TYPE_CHECKING:  # a subclass has them, as a field, a method or a property
+
+        @property
+        def torch_forward(self) -> Callable[..., Tensor]:
+            """`torch_forward(x, ...) -> y`, in torch's own ops."""
+
+        @property
+        def signature(self) -> str:
+            """Of the public function, out of place: "Tensor x, float negative_slope"."""
+
+    def __post_init__(self) -> None:
         self.define("eager", self.make_eager())
         self.define("Function", self.make_function())
         self.define("graph_op", define_graph_op(self))
@@ -110,7 +119,7 @@ class Row:
         """The raw ops, keyed by the field of `Kernels` that calls them."""
         raise NotImplementedError
 
-    def activate(self, x: Tensor, *args) -> Tensor:
+    def activate(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """What the public function computes, out of place."""
         raise NotImplementedError
 
@@ -152,7 +161,7 @@ def kernels_for(row: Row, x: Tensor, *parameters: float) -> Kernels:
     return forced.kernels[row.name]
 
 
-class NotTraced(type(torch.autograd.Function)):
+class NotTraced(type(torch.autograd.Function)):  # type: ignore[misc] # mypy wants a name
     """The metaclass of our Functions, which keeps Dynamo from tracing them.
 
     Dynamo (torch 2.11 to 2.13) takes a class for a Function if its metaclass is exactly torch's,
@@ -164,12 +173,26 @@ class NotTraced(type(torch.autograd.Function)):
         super().__init__(name, bases, members)
         # A user's subclass may compute something else.
         if not isinstance(members.get("row"), Row):
-            cls.__class__ = type(torch.autograd.Function)
+            # The metaclass of a class may change, which mypy does not know.
+            cls.__class__ = type(torch.autograd.Function)  # type: ignore[assignment]
 
 
-def is_ours(function: type[torch.autograd.Function]) -> bool:
+def is_ours(function: type[torch.autograd.Function]) -> TypeGuard[type[KernelFunction]]:
     """Whether `function` is one of the Functions of this package, and no subclass of a user's."""
     return isinstance(function, NotTraced)
+
+
+class Context(Protocol):
+    """What the `forward` and the `backward` of a Function get first. In torch it has no type."""
+
+    kernels: Kernels
+    needs_input_grad: tuple[bool, ...]
+
+    @property
+    def saved_tensors(self) -> tuple[Tensor, ...]: ...
+    def save_for_backward(self, *tensors: Tensor) -> None: ...
+    def mark_dirty(self, *tensors: Tensor) -> None: ...
+    def set_materialize_grads(self, value: bool) -> None: ...
 
 
 class KernelFunction(torch.autograd.Function):
@@ -191,15 +214,16 @@ class KernelFunction(torch.autograd.Function):
     saves: ClassVar[str]
 
     def __init_subclass__(cls) -> None:
-        cls.apply_kernels = super(torch.autograd.Function, cls).apply
+        # That of C++, which torch's stubs leave out.
+        cls.apply_kernels = super(torch.autograd.Function, cls).apply  # type: ignore[misc]
 
     @classmethod
-    def apply(cls, *args: object) -> Tensor:
+    def apply(cls, *args: Any) -> Tensor:
         if torch.compiler.is_dynamo_compiling():
             return cls.row.activate(*args)
         if is_transformed() and is_ours(cls):
             return cls.row.torch_forward(*args)
-        return first(super().apply(*args))
+        return first(super().apply(*args))  # type: ignore[no-untyped-call]
 
     @staticmethod
     def recompute(node: Node) -> Callable[[Tensor], Tensor] | None:
@@ -207,11 +231,16 @@ class KernelFunction(torch.autograd.Function):
 
 
 def function_class(
-    row: Row, kind: str, saves: str, forward, backward, recompute=KernelFunction.recompute
+    row: Row,
+    kind: str,
+    saves: str,
+    forward: Callable[..., Tensor | tuple[Tensor, ...]],
+    backward: Callable[..., tuple[Tensor | None, ...]],
+    recompute: Callable[..., Callable[[Tensor], Tensor] | None] = KernelFunction.recompute,
 ) -> type[KernelFunction]:
     """The Function of `row`, called by its spelling and `kind`; the others are as in the class."""
     functions = {"forward": forward, "backward": backward, "recompute": recompute}
-    members = {name: staticmethod(function) for name, function in functions.items()}
+    members: dict[str, Any] = {name: staticmethod(function) for name, function in functions.items()}
     # Where users find the public ones, and pickle does.
     members |= {"__module__": "fused_act", "row": row, "saves": saves}
     return NotTraced(row.spelling + kind, (KernelFunction,), members)
@@ -238,7 +267,7 @@ def define_graph_op(row: Row) -> OpOverload:
     ops of the formula or of the kernels, and not this op.
     """
 
-    def implementation(*args):
+    def implementation(*args: Any) -> Tensor:
         *inputs, name = args
         if is_transformed():
             return row.torch_forward(*inputs)
@@ -259,15 +288,16 @@ def first(outputs: Tensor | tuple[Tensor, ...]) -> Tensor:
     return outputs[0] if isinstance(outputs, tuple) else outputs
 
 
-def call(op, *args, **kwargs):
+def call(op: Callable[..., Result] | None, *args: Any, **kwargs: Any) -> Result:
     """Call an op from within a Function, below Autograd, where raw ops refuse to be differentiated.
 
-    The guard saves 2 us; Dynamo neither knows nor needs it.
+    The guard saves 2 us; Dynamo neither knows nor needs it. A kernel that a row does not need is
+    not called, so `op` is None in its type alone.
     """
     if torch.compiler.is_dynamo_compiling():
-        return op(*args, **kwargs)
+        return op(*args, **kwargs)  # type: ignore[misc]
     with below_autograd():
-        return op(*args, **kwargs)
+        return op(*args, **kwargs)  # type: ignore[misc]
 
 
 def is_backward_differentiated() -> bool:

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -36,7 +36,7 @@ from fused_act.families.base import (
     is_backward_differentiated,
     kernels_for,
 )
-from fused_act.families.masks import save_mask, unpack, zeros_of_input
+from fused_act.families.masks import MaskContext, save_mask, unpack, zeros_of_input
 from fused_act.families.raw_op import (
     RawOp,
     check,
@@ -47,6 +47,10 @@ from fused_act.families.raw_op import (
     empty_strided,
     like_x,
 )
+
+
+class ElementwiseContext(MaskContext, Protocol):
+    parameters: tuple[float, ...]
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
@@ -73,10 +77,11 @@ class Elementwise(Row):
     """
 
     torch_forward: Callable[..., Tensor]
-    torch_backward: Callable[..., Tensor] | None = None
-    torch_backward_from_output: Callable[..., Tensor] | None = None
-    forward: Callable[..., Tensor] | None = None
-    derivative: Callable[..., Tensor] | None = None
+    # `Any` stands for None: what is called is there, and a check would cost each call.
+    torch_backward: Callable[..., Tensor] | Any = None
+    torch_backward_from_output: Callable[..., Tensor] | Any = None
+    forward: Callable[..., Tensor] | Any = None
+    derivative: Callable[..., Tensor] | Any = None
     fuses: Callable[..., bool] = lambda *parameters: False
     parameters: tuple[str, ...] = ()
     saves: Literal["x", "y", "mask"] = "x"
@@ -85,7 +90,7 @@ class Elementwise(Row):
 
     family: ClassVar[str] = "elementwise"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         super().__post_init__()
         if self.forward is not None:
             self.define("formula", self.make_formula())
@@ -103,10 +108,10 @@ class Elementwise(Row):
     def make_eager(self) -> Kernels:
         """Backward needs `x`, or `y` where torch does."""
 
-        def forward(x, *parameters):
+        def forward(x: Tensor, *parameters: float) -> Tensor:
             return self.torch_forward(x, *parameters, inplace=False)
 
-        def forward_out(x, *parameters, out):
+        def forward_out(x: Tensor, *parameters: float, out: Tensor) -> None:
             out.copy_(forward(x, *parameters))
 
         return Kernels(forward, forward_out, self.torch_backward, self.torch_backward_from_output)
@@ -114,10 +119,10 @@ class Elementwise(Row):
     def make_formula(self) -> Kernels:
         """Out of place, in fp32."""
 
-        def forward(x, *parameters):
+        def forward(x: Tensor, *parameters: float) -> Tensor:
             return convert(self.forward(convert(x, torch.float32), *parameters), x.dtype)
 
-        def backward(grad_output, x, *parameters):
+        def backward(grad_output: Tensor, x: Tensor, *parameters: float) -> Tensor:
             derivative = self.derivative(convert(x, torch.float32), *parameters)
             return convert(convert(grad_output, torch.float32) * derivative, x.dtype)
 
@@ -127,10 +132,14 @@ class Elementwise(Row):
         """The `torch.autograd.Function`: `apply(x, *parameters) -> y`."""
         count = len(self.parameters)
 
-        def forward(ctx, x, *args):
+        def forward(
+            ctx: ElementwiseContext, x: Tensor, *args: Any
+        ) -> Tensor | tuple[Tensor, Tensor]:
             parameters = args[:count]
             # CUDA's backward runs on engine threads and maybe after `use_backend` has ended.
-            kernels = args[count] if len(args) > count else kernels_for(self, x, *parameters)
+            kernels: Kernels = (
+                args[count] if len(args) > count else kernels_for(self, x, *parameters)
+            )
             ctx.kernels, ctx.parameters = kernels, parameters
             if kernels.forward_with_mask is None:
                 y = call(kernels.forward, x, *parameters)
@@ -139,11 +148,13 @@ class Elementwise(Row):
             y, mask = call(kernels.forward_with_mask, x, *parameters)
             return save_mask(ctx, y, y.shape, y.stride(), mask)
 
-        def backward(ctx, grad_output, grad_anchor=None):
+        def backward(
+            ctx: ElementwiseContext, grad_output: Tensor | None, grad_anchor: Tensor | None = None
+        ) -> tuple[Tensor | None, ...]:
             grad = grad_input(self, self.saves, ctx, grad_output)
             return (grad, *[None] * (count + 1))
 
-        def recompute(node):
+        def recompute(node: ElementwiseContext) -> Callable[[Tensor], Tensor] | None:
             kernels, parameters = node.kernels, node.parameters
             if self.saves == "y" or kernels.forward_with_mask is not None:
                 return None
@@ -159,7 +170,9 @@ class Elementwise(Row):
         """
         count, saves = len(self.parameters), self.saves_inplace
 
-        def forward(ctx, source, x, *args):
+        def forward(
+            ctx: ElementwiseContext, source: Tensor, x: Tensor, *args: Any
+        ) -> Tensor | tuple[Tensor, Tensor]:
             parameters, kernels = args[:count], args[count]
             ctx.kernels, ctx.parameters = kernels, parameters
             ctx.mark_dirty(x)
@@ -170,7 +183,9 @@ class Elementwise(Row):
             mask = call(kernels.forward_with_mask_out, x, *parameters, out=x)
             return save_mask(ctx, x, x.shape, dense_stride(x), mask)
 
-        def backward(ctx, grad_output, grad_anchor=None):
+        def backward(
+            ctx: ElementwiseContext, grad_output: Tensor | None, grad_anchor: Tensor | None = None
+        ) -> tuple[Tensor | None, ...]:
             grad = grad_input(self, saves, ctx, grad_output)
             return (grad, None, *[None] * (count + 1))
 
@@ -206,7 +221,7 @@ class Elementwise(Row):
             return self.torch_forward(x, *parameters, inplace=True)
         if not needs_grad:
             with below_autograd():
-                kernels.forward_out(x, *parameters, out=x)
+                kernels.forward_out(x, *parameters, out=x)  # type: ignore[misc]
             return x
         source = x.clone() if self.saves_inplace == "x" else x
         return first(self.InplaceFunction.apply_kernels(source, x, *parameters, kernels))
@@ -251,11 +266,17 @@ def like_saved(grad_output: Tensor, saved: Tensor, *parameters: float) -> Tensor
     return torch.empty_like(saved)
 
 
-def like_grad_output(grad_output: Tensor, mask: Tensor, *parameters_and_stride) -> Tensor:
+def like_grad_output(grad_output: Tensor, mask: Tensor, *parameters_and_stride: Any) -> Tensor:
     return empty_strided(grad_output, grad_output.shape, parameters_and_stride[-1])
 
 
-def check_x(op: str, device_types: tuple[str, ...] | None, x: Tensor, *args, out=None) -> None:
+def check_x(
+    op: str,
+    device_types: tuple[str, ...] | None,
+    x: Tensor,
+    *args: Tensor | float,
+    out: Tensor | None = None,
+) -> None:
     """The arguments of forward, or those of backward: `grad_output`, then what is saved."""
     check(op, device_types, x, args[0] if args and isinstance(args[0], Tensor) else out)
 
@@ -265,7 +286,7 @@ def check_masked_backward(
     device_types: tuple[str, ...] | None,
     grad_output: Tensor,
     mask: Tensor,
-    *parameters_and_stride,
+    *parameters_and_stride: Any,
 ) -> None:
     check(op, device_types, grad_output)
     check_mask(op, grad_output, mask, (mask_numel(grad_output),))
@@ -277,7 +298,9 @@ def mask_numel(x: Tensor) -> int:
     return (x.numel() + 7) // 8
 
 
-def grad_input(row: Elementwise, saves: str, ctx, grad_output: Tensor | None) -> Tensor:
+def grad_input(
+    row: Elementwise, saves: str, ctx: ElementwiseContext, grad_output: Tensor | None
+) -> Tensor:
     """The gradient with respect to `x`, itself differentiable under `create_graph=True`."""
     saved, *anchor = ctx.saved_tensors
     kernels, parameters = ctx.kernels, ctx.parameters

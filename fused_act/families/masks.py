@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from fused_act.families.base import Context
+
+
+class MaskContext(Context, Protocol):
+    shape: Sequence[int]
+    stride: Sequence[int]
+
 
 def save_mask(
-    ctx, y: Tensor, shape: Sequence[int], stride: Sequence[int], mask: Tensor
+    ctx: MaskContext, y: Tensor, shape: Sequence[int], stride: Sequence[int], mask: Tensor
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Save all that backward needs of `y = f(x)` but for a second derivative, which is 0.
 
@@ -28,7 +36,7 @@ def save_mask(
     return y, anchor
 
 
-def zeros_of_input(ctx, anchor: Tensor) -> Tensor:
+def zeros_of_input(ctx: MaskContext, anchor: Tensor) -> Tensor:
     """The gradient where a second backward came in through the anchor of `save_mask` alone."""
     return torch.zeros(ctx.shape, dtype=anchor.dtype, device=anchor.device)
 

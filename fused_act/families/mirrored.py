@@ -16,7 +16,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -34,7 +34,7 @@ from fused_act.families.base import (
     kernels_for,
 )
 from fused_act.families.elementwise import Elementwise
-from fused_act.families.masks import save_mask, unpack, zeros_of_input
+from fused_act.families.masks import MaskContext, save_mask, unpack, zeros_of_input
 from fused_act.families.raw_op import (
     RawOp,
     check,
@@ -44,6 +44,10 @@ from fused_act.families.raw_op import (
     empty_mask,
     empty_strided,
 )
+
+
+class MirroredContext(MaskContext, Protocol):
+    dim: int
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
@@ -72,7 +76,9 @@ class Mirrored(Row):
     def make_function(self) -> type[KernelFunction]:
         """The `torch.autograd.Function`: `apply(x, dim) -> y`."""
 
-        def forward(ctx, x, dim, kernels=None):
+        def forward(
+            ctx: MirroredContext, x: Tensor, dim: int, kernels: Kernels | None = None
+        ) -> Tensor | tuple[Tensor, Tensor]:
             # CUDA's backward runs on engine threads and maybe after `use_backend` has ended.
             kernels = self.kernels_along(x, dim) if kernels is None else kernels
             ctx.kernels, ctx.dim = kernels, dim
@@ -82,20 +88,24 @@ class Mirrored(Row):
             y, mask = call(kernels.forward_with_mask, x, dim)
             return save_mask(ctx, y, x.shape, dense_stride(x), mask)
 
-        def backward(ctx, grad_output, grad_anchor=None):
+        def backward(
+            ctx: MirroredContext, grad_output: Tensor | None, grad_anchor: Tensor | None = None
+        ) -> tuple[Tensor | None, ...]:
             saved, *anchor = ctx.saved_tensors
             dim = ctx.dim
-            if ctx.kernels is self.eager:
-                return self.torch_backward(grad_output, saved, -saved, dim), None, None
             if grad_output is None:
                 return zeros_of_input(ctx, anchor[0]), None, None
+            if ctx.kernels is self.eager:
+                return self.torch_backward(grad_output, saved, -saved, dim), None, None
             if not is_backward_differentiated():
                 return call(ctx.kernels.backward, grad_output, saved, dim, ctx.stride), None, None
             layout = Layout.of(ctx.shape, ctx.stride, dim)
             bits = unpack(saved)[..., : layout.columns].reshape(-1)
             signs = bits.as_strided(layout.shape, layout.stride).to(grad_output.dtype) * 2 - 1
-            halves = (signs.narrow(dim, start, ctx.shape[dim]) for start in (0, ctx.shape[dim]))
-            return self.torch_backward(grad_output, *halves, dim) + anchor[0].sum(), None, None
+            x, mirrored = (
+                signs.narrow(dim, start, ctx.shape[dim]) for start in (0, ctx.shape[dim])
+            )
+            return self.torch_backward(grad_output, x, mirrored, dim) + anchor[0].sum(), None, None
 
         return function_class(self, "Function", "mask", forward, backward)
 
@@ -127,6 +137,8 @@ class Mirrored(Row):
     def torch_backward(self, grad_output: Tensor, x: Tensor, mirrored: Tensor, dim: int) -> Tensor:
         """The gradient, where `f` is that of `x` and of `mirrored`, as a rule -x."""
         halves = (grad_output.narrow(dim, start, x.size(dim)) for start in (0, x.size(dim)))
+        grad: Tensor
+        mirrored_grad: Tensor
         grad, mirrored_grad = map(self.derived_from.torch_backward, halves, (x, mirrored))
         return grad - mirrored_grad
 

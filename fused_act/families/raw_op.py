@@ -7,7 +7,7 @@ ops and the drivers of kernels in Python share it: on fake tensors it is the fak
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,7 +27,7 @@ class RawOp(NamedTuple):
     """
 
     schema: str
-    allocate: Callable
+    allocate: Callable[..., Any]
     check: Callable[..., None]
 
     @property
@@ -103,7 +103,7 @@ def dense_stride(x: Tensor) -> tuple[int, ...]:
     return (x if x.is_contiguous() else torch.empty_like(x, device="meta")).stride()
 
 
-def like_x(x: Tensor, *args) -> Tensor:
+def like_x(x: Tensor, *args: object) -> Tensor:
     """An output for each element of `x`. It is dense, and keeps the strides of a dense `x`."""
     return torch.empty_like(x)
 

@@ -21,6 +21,7 @@ from torch import Tensor
 from fused_act._torch_private import unwrap_if_dead
 from fused_act.dispatch import PLAIN, Kernels
 from fused_act.families.base import (
+    Context,
     KernelFunction,
     Row,
     call,
@@ -66,7 +67,9 @@ class Weighted(Row):
     def make_function(self) -> type[KernelFunction]:
         """The `torch.autograd.Function`: `apply(x, weight) -> y`."""
 
-        def forward(ctx, x, weight, kernels=None):
+        def forward(
+            ctx: Context, x: Tensor, weight: Tensor, kernels: Kernels | None = None
+        ) -> Tensor:
             if kernels is None:
                 kernels = kernels_for(self, x) if self.fits(x, weight) else self.eager
             # CUDA's backward runs on engine threads and maybe after `use_backend` has ended.
@@ -76,7 +79,7 @@ class Weighted(Row):
                 return self.torch_forward(x, weight)
             return call(ctx.kernels.forward, x, as_vector(weight))
 
-        def backward(ctx, grad_output):
+        def backward(ctx: Context, grad_output: Tensor) -> tuple[Tensor | None, ...]:
             x, weight = ctx.saved_tensors
             if ctx.kernels is self.eager or is_backward_differentiated():
                 return (*torch_gradients(self, ctx, x, weight, grad_output), None)
@@ -114,7 +117,8 @@ class Weighted(Row):
             if torch.compiler.is_compiling():
                 return self.graph_op(x, weight, graph_name())
             x, weight = map(unwrap_if_dead, (x, weight))
-            return self.Function.apply_kernels(x, weight, kernels)
+            # One output: a Function that saves no mask has no anchor.
+            return self.Function.apply_kernels(x, weight, kernels)  # type: ignore[return-value]
         return call(kernels.forward, x, as_vector(weight))
 
     def raw_ops(self) -> dict[str, RawOp]:
@@ -170,7 +174,9 @@ def as_vector(weight: Tensor) -> Tensor:
     return convert(weight, torch.float32).reshape(-1).contiguous()
 
 
-def torch_gradients(row, ctx, x, weight, grad_output) -> list[Tensor | None]:
+def torch_gradients(
+    row: Weighted, ctx: Context, x: Tensor, weight: Tensor, grad_output: Tensor
+) -> list[Tensor | None]:
     """The gradients by torch's own op, differentiable under `create_graph=True`."""
     create_graph = torch.is_grad_enabled()
     needed = [i for i in range(2) if ctx.needs_input_grad[i]]
