@@ -13,6 +13,7 @@ import os
 import tempfile
 import textwrap
 from collections.abc import Callable
+from typing import Any
 
 from fused_act import ops
 from fused_act.activations import ROWS
@@ -89,7 +90,7 @@ def load() -> dict[str, Kernels]:
     return ops.kernels("fused_act_triton")
 
 
-def implementations(row: Row) -> dict[str, Callable]:
+def implementations(row: Row) -> dict[str, Callable[..., Any]]:
     """The implementation of each raw op of `row`, by name."""
     launches = importlib.import_module(f"{__name__}.{row.family}").launches(row)
     return {
@@ -98,7 +99,14 @@ def implementations(row: Row) -> dict[str, Callable]:
     }
 
 
-def run(name: str, check: Callable, allocate: Callable, launch: Callable, *args, **kwargs):
+def run(
+    name: str,
+    check: Callable[..., None],
+    allocate: Callable[..., Any],
+    launch: Callable[..., None],
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
     """The implementation of each raw op: check the arguments, allocate the outputs, launch."""
     check(name, None, *args, **kwargs)
     outputs = allocate(*args, **kwargs)

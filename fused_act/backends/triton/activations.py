@@ -12,6 +12,8 @@ rounding error of x * log2(e) back. The tail costs 16-bit Mish 0.1 instructions 
 math; tests hold both to a float64 oracle.
 """
 
+from typing import Any
+
 import triton
 import triton.language as tl
 
@@ -272,6 +274,6 @@ def selu_derivative_from_output(y, LOW: tl.constexpr):
     return tl.where(y > 0.0, SELU_SCALE, (y + SELU_SCALE_ALPHA_HIGH) + SELU_SCALE_ALPHA_LOW)
 
 
-def functions_of(row: Row, *names: str | None) -> list[triton.JITFunction | None]:
+def functions_of(row: Row, *names: str | None) -> list[Any]:
     """The functions called `names` of the pair that `row` takes. None is what it does not need."""
     return [name and globals()[f"{row.pair.name}_{name}"] for name in names]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 import triton
@@ -138,7 +139,7 @@ def backward_kernel(
         )  # fmt: skip
 
 
-def launch(kernel, x: Tensor, *arguments) -> None:
+def launch(kernel: triton.JITFunction, x: Tensor, *arguments: Any) -> None:
     """Launch `kernel`, whose last argument is the block size, over the elements of `x`."""
     numel = x.numel()
     if numel > 0:
@@ -152,11 +153,11 @@ def launches(row: Elementwise) -> dict[str, Callable[..., None]]:
     masked = row.saves == "mask"
     function, passes = functions_of(row, "forward", "passes" if masked else None)
 
-    def forward(y, x, *parameters, mask=None):
+    def forward(y: Tensor, x: Tensor, *parameters: float, mask: Tensor | None = None) -> None:
         x = with_layout_of(y, x)
         launch(forward_kernel, x, x, y, mask, x.numel(), parameters, function, passes)
 
-    def run_out(x, out, mask, parameters):
+    def run_out(x: Tensor, out: Tensor, mask: Tensor | None, parameters: tuple[float, ...]) -> None:
         # empty_like keeps the strides of a dense tensor and of no other.
         y = out if out.is_contiguous() else torch.empty_like(out)
         dense = y.stride() == out.stride()
@@ -166,24 +167,43 @@ def launches(row: Elementwise) -> dict[str, Callable[..., None]]:
         if not dense:
             out.copy_(y)
 
-    def run_backward(function, tile, grad_output, saved, grad_input, parameters):
+    def run_backward(
+        function: triton.JITFunction,
+        tile: triton.JITFunction,
+        grad_output: Tensor,
+        saved: Tensor,
+        grad_input: Tensor,
+        parameters: tuple[float, ...],
+    ) -> None:
         grad = with_layout_of(grad_input, grad_output)
         numel = grad.numel()
         launch(backward_kernel, grad, grad, saved, grad_input, numel, parameters, function, tile)
 
-    def backward(function, grad_input, grad_output, saved, *parameters):
+    def backward(
+        function: triton.JITFunction,
+        grad_input: Tensor,
+        grad_output: Tensor,
+        saved: Tensor,
+        *parameters: float,
+    ) -> None:
         saved = with_layout_of(grad_input, saved)
         run_backward(function, backward_tile, grad_output, saved, grad_input, parameters)
 
-    def masked_backward(function, grad_input, grad_output, mask, *parameters_and_stride):
+    def masked_backward(
+        function: triton.JITFunction,
+        grad_input: Tensor,
+        grad_output: Tensor,
+        mask: Tensor,
+        *parameters_and_stride: Any,
+    ) -> None:
         parameters = parameters_and_stride[:-1]
         run_backward(function, masked_backward_tile, grad_output, mask, grad_input, parameters)
 
-    def forward_with_mask(outputs, x, *parameters):
+    def forward_with_mask(outputs: tuple[Tensor, Tensor], x: Tensor, *parameters: float) -> None:
         y, mask = outputs
         forward(y, x, *parameters, mask=mask)
 
-    found = {
+    found: dict[str, Callable[..., None]] = {
         "forward": forward,
         "forward_out": lambda _, x, *parameters, out: run_out(x, out, None, parameters),
     }

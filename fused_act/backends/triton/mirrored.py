@@ -6,11 +6,12 @@ handles one tile of x, BLOCK_M rows and BLOCK_N columns. The full tiles run with
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from fused_act.backends.triton.activations import functions_of
 from fused_act.backends.triton.tiles import (
@@ -166,7 +167,13 @@ def tile(columns: int, dtype: torch.dtype) -> tuple[int, int]:
     return size // wide, wide
 
 
-def launch(kernel, rows: int, columns: int, tensors, *functions) -> None:
+def launch(
+    kernel: triton.JITFunction,
+    rows: int,
+    columns: int,
+    tensors: tuple[Tensor, Tensor, Tensor | None],
+    *functions: triton.JITFunction,
+) -> None:
     """Launch `kernel` over the rows and columns of x."""
     if rows * columns == 0:
         return
@@ -182,14 +189,16 @@ def launches(row: Mirrored) -> dict[str, Callable[..., None]]:
     """What computes the outputs of each raw op of `row`: `launch(outputs, *args)`, by its field."""
     function, passes, gradient = functions_of(row, "forward", "passes", "gradient")
 
-    def run(x, dim, y, mask):
+    def run(x: Tensor, dim: int, y: Tensor, mask: Tensor | None) -> None:
         if not (x.is_contiguous() or is_dense(x.shape, x.stride())):
             x = torch.empty_like(x).copy_(x)
         columns = x.size(dim) * y.stride(dim)  # y tells how many elements a step along dim takes
         rows = x.numel() // columns if columns else 0
         launch(forward_kernel, rows, columns, (x, y, mask), function, passes)
 
-    def backward(grad_input, grad_output, mask, dim, stride):
+    def backward(
+        grad_input: Tensor, grad_output: Tensor, mask: Tensor, dim: int, stride: Sequence[int]
+    ) -> None:
         layout = Layout.of(grad_input.shape, stride, dim)
         if not has_layout(grad_output, layout.stride):
             copy = empty_strided(grad_output, layout.shape, layout.stride)

@@ -192,7 +192,15 @@ def launches(row: Weighted) -> dict[str, Callable[..., None]]:
     (function,) = functions_of(row, "forward")
     backward_functions = functions_of(row, "derivative", "weight_gradient")
 
-    def launch(kernel, options, matrix, tensors, x, weight, *functions):
+    def launch(
+        kernel: triton.JITFunction,
+        options: dict[str, int],
+        matrix: Matrix,
+        tensors: tuple[Tensor, ...],
+        x: Tensor,
+        weight: Tensor,
+        *functions: triton.JITFunction,
+    ) -> None:
         row_blocks, column_blocks = matrix.blocks
         with torch.cuda.device_of(x):
             kernel[(row_blocks * column_blocks,)](
@@ -208,14 +216,16 @@ def launches(row: Weighted) -> dict[str, Callable[..., None]]:
                 **options,
             )
 
-    def forward(y, x, weight):
+    def forward(y: Tensor, x: Tensor, weight: Tensor) -> None:
         if x.numel() == 0:
             return
         x = with_layout_of(y, x)
         matrix = Matrix.of(x, weight.numel(), block_size(x.dtype))
         launch(forward_kernel, FORWARD_OPTIONS, matrix, (x, y), x, weight, function)
 
-    def backward(gradients, grad_output, x, weight):
+    def backward(
+        gradients: tuple[Tensor, Tensor], grad_output: Tensor, x: Tensor, weight: Tensor
+    ) -> None:
         grad_input, grad_weight = gradients
         if x.numel() == 0:
             grad_weight.zero_()
