@@ -83,7 +83,7 @@ def is_view(x: Tensor) -> bool:
 
 def base_of(x: Tensor) -> Tensor:
     """The tensor that `x` is a view of, or `x` itself."""
-    return x._base if x._is_view() else x
+    return x._base if x._is_view() else x  # type: ignore[return-value] # a view has a base
 
 
 def version_of(x: Tensor) -> int:

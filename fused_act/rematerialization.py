@@ -14,6 +14,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,7 +29,7 @@ LOCK = threading.RLock()
 RECOMPUTED = "fused_act.rematerialize"  # the key in a node's metadata
 ROWS_BY_NODE = {row.torch_node: row for row in ROWS.values() if row.torch_node is not None}
 # Whether a norm's output, computed again, has the same bits, by what could make a difference.
-SAME_BITS: dict[tuple, bool] = {}
+SAME_BITS: dict[tuple[object, ...], bool] = {}
 
 
 class Kept:
@@ -56,10 +57,10 @@ class Kept:
 class Recomputed:
     """A tensor that is computed when it is needed, out of `sources`, once for all who need it."""
 
-    def __init__(self, compute: Callable[..., Tensor], sources: list[Kept | Recomputed]):
+    def __init__(self, compute: Callable[..., Tensor], sources: list[Packed]):
         self.compute, self.sources = compute, sources
         self.users = self.waiting = 0
-        self.value = None
+        self.value: Tensor | None = None
         for source in sources:
             if isinstance(source, Recomputed):
                 source.users += 1
@@ -87,7 +88,10 @@ class View:
         return self.base.get().as_strided(*self.layout)
 
 
-def pack(tensor: Tensor, norm: bool) -> Kept | Recomputed | View:
+Packed = Kept | Recomputed | View
+
+
+def pack(tensor: Tensor, norm: bool) -> Packed:
     base = base_of(tensor)
     recomputed = None
     # A write bumps the version; those that autograd sees also change grad_fn.
@@ -114,11 +118,11 @@ def is_layout_of(base: Tensor, view: Tensor) -> bool:
     )
 
 
-def unpack(packed: Kept | Recomputed | View) -> Tensor:
+def unpack(packed: Packed) -> Tensor:
     return packed.get()
 
 
-def peek(node: Node, field: str = "") -> Kept | Recomputed | View:
+def peek(node: Node, field: str = "") -> Packed:
     """What `pack` made of the tensor that `node` saves as `field`; computes none again.
 
     Without a field it is the one tensor that a Function saves.
@@ -131,16 +135,18 @@ def peek(node: Node, field: str = "") -> Kept | Recomputed | View:
     if not field:
         (packed,) = packed
     if packed.unpack_hook is None:
-        return Kept(saved(node, field) if field else node.saved_tensors[0])
+        if field:
+            return Kept(saved(node, field))
+        return Kept(node.saved_tensors[0])  # type: ignore[attr-defined] # a node of a Function
     if packed.unpack_hook is not unpack or packed.data is None:
         raise RuntimeError(f"{node.name()} does not hold {field or 'its tensor'}")
-    return packed.data
+    return packed.data  # type: ignore[no-any-return] # `pack` made it
 
 
 def recompute(tensor: Tensor, norm: bool) -> Recomputed | None:
     """How to compute `tensor`, or None if there is no way."""
-    node = tensor.grad_fn
-    known = node.metadata.get(RECOMPUTED, lambda: None)()
+    node: Any = tensor.grad_fn  # torch takes `metadata` for a method
+    known: Recomputed | None = node.metadata.get(RECOMPUTED, lambda: None)()
     if known is not None:
         return known
     try:
@@ -163,7 +169,7 @@ def of_activation(node: Node) -> Recomputed | None:
 
 
 # By the name of the node: the op, and what the node calls its epsilon.
-NORMS = {
+NORMS: dict[str, tuple[Callable[..., tuple[Tensor, ...]], str]] = {
     "NativeBatchNormBackward0": (torch.native_batch_norm, "eps"),
     "CudnnBatchNormBackward0": (torch.cudnn_batch_norm, "epsilon"),
 }

@@ -72,7 +72,8 @@ def warn_of_owners(function: str, names: list[str]) -> None:
 def rebased(parametrized: type[nn.Module], base: type[nn.Module]) -> type[nn.Module]:
     """The class that `register_parametrization` would have made of `base`."""
     members = {k: v for k, v in vars(parametrized).items() if k not in ("__dict__", "__weakref__")}
-    return type(parametrized)(parametrized.__name__, (base,), members)
+    metaclass: Callable[..., type[nn.Module]] = type(parametrized)
+    return metaclass(parametrized.__name__, (base,), members)
 
 
 def replace_activations(

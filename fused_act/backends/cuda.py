@@ -47,12 +47,14 @@ def is_truncated(path: Path) -> bool:
         return False  # the loader says so itself
     (offset,) = struct.unpack_from("<Q", header, 40)
     size, count = struct.unpack_from("<HH", header, 58)
-    return path.stat().st_size < offset + size * count
+    end: int = offset + size * count
+    return path.stat().st_size < end
 
 
 def load() -> dict[str, Kernels]:
     """Load the extension, which gives the raw ops their kernels. Raises OSError if it is broken."""
     path = extension()
+    assert path is not None  # `unavailable` has looked
     if is_truncated(path):
         raise OSError(f"{path} is truncated")
     torch.ops.load_library(str(path))
