@@ -5,9 +5,10 @@
                                                the table has them
 
 tests/mutations.toml lists the bugs. Every bug is one replacement in one file, made in a copy of the
-tree, and only its guards run. They run without it first: a guard that fails anyway, or that runs no
-test, proves nothing. A bug is caught if a test fails or takes the process down; one that hangs,
-that does not build or that makes a fixture fail is not, since none of these says what is wrong.
+tree, and only its guard runs. The guards run without a bug first, those of a kind in one process: a
+guard that fails anyway, or that runs no test, proves nothing. A bug is caught if a test fails or
+takes the process down; one that hangs, that does not build or that makes a fixture fail is not,
+since none of these says what is wrong.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import argparse
 import collections
 import concurrent.futures
 import dataclasses
+import json
 import os
 import queue
 import re
@@ -24,7 +26,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -73,7 +75,9 @@ def copy_tree(target: Path) -> Path:
     return target
 
 
-def run(tree: Path, *command: str, **environment: str) -> subprocess.CompletedProcess:
+def run(
+    tree: Path, *command: str, timeout: float = TIMEOUT, **environment: str
+) -> subprocess.CompletedProcess:
     """Run Python in `tree`, with its package and none of its byte code from before."""
     inherited = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     return subprocess.run(
@@ -83,44 +87,85 @@ def run(tree: Path, *command: str, **environment: str) -> subprocess.CompletedPr
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=TIMEOUT,
+        timeout=timeout,
         check=False,
     )
 
 
-def run_guard(tree: Path, guard: Guard, *options: str) -> subprocess.CompletedProcess:
-    command = ["-m", "pytest", "-v", "--tb=short", "-p", "no:cacheprovider", *options]
-    command += shlex.split(guard.tests)
-    if guard.interpreted:
-        return run(tree, *command, "-m", "not gpu", TRITON_INTERPRET="1")
-    return run(tree, *command)
+def run_pytest(
+    tree: Path, interpreted: bool, *arguments: str, timeout: float = TIMEOUT
+) -> subprocess.CompletedProcess:
+    command = ["-m", "pytest", "--tb=short", "-p", "no:cacheprovider", *arguments]
+    if interpreted:
+        return run(tree, *command, "-m", "not gpu", timeout=timeout, TRITON_INTERPRET="1")
+    return run(tree, *command, timeout=timeout)
 
 
-def check_guard(tree: Path, guard: Guard) -> Result:
-    """Whether `guard` passes without a bug, and runs a test where it can."""
+def run_guards(
+    tree: Path, guards: Sequence[Guard], *options: str
+) -> tuple[subprocess.CompletedProcess, dict[Guard, dict[str, str | None]]]:
+    """Run the tests of guards in one process, all of them in Triton's interpreter or none.
+
+    Returns also what tests/guards.py reports of each guard: nothing if pytest stops before that.
+    """
+    (interpreted,) = {guard.interpreted for guard in guards}
+    places = [place for guard in guards for place in guard.arguments().places]
+    files = sorted({place.partition("::")[0] for place in places})
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder) / "report.json"
+        done = run_pytest(
+            tree,
+            interpreted,
+            *("-p", "tests.guards", f"--guard-report={report}", "--continue-on-collection-errors"),
+            *(f"--guard={guard.tests}" for guard in guards),
+            *options,
+            *(file for file in files if (tree / file).exists()),
+            timeout=max(TIMEOUT, 60 * len(guards)),
+        )
+        ends = json.loads(report.read_text()) if report.exists() else {}
+    return done, ends and {guard: ends[guard.tests] for guard in guards}
+
+
+def check_guards(tree: Path, guards: Sequence[Guard]) -> dict[Guard, Result]:
+    """Whether each guard passes without a bug, and runs a test where it can."""
     try:
-        done = run_guard(tree, guard)
+        done, ends = run_guards(tree, guards, "-q")
     except subprocess.TimeoutExpired:
-        return Result(why_not="hangs")
-    if done.returncode != 0:
-        return Result(why_not="fails without a bug, or selects no test", output=done.stdout)
-    if lacks(guard) is None and " PASSED" not in done.stdout:
-        return Result(why_not="skips all its tests", output=done.stdout)
-    return Result()
+        why_not, output, ends = "hangs without a bug", "", {}
+    else:
+        why_not, output = f"pytest exits with {done.returncode} without a bug", done.stdout
+    if ends:
+        return {
+            guard: Result(why_not=unfit(guard, list(tests.values())), output=output)
+            for guard, tests in ends.items()
+        }
+    if len(guards) == 1:
+        return {guards[0]: Result(why_not=why_not, output=output)}
+    # Each by itself, to find the one that takes the process down.
+    return {guard: check_guards(tree, [guard])[guard] for guard in guards}
+
+
+def unfit(guard: Guard, ends: list[str | None]) -> str:
+    """Why tests of `guard` that end like this without a bug prove nothing; empty if they do."""
+    if not ends:
+        return "selects no test"
+    if not set(ends) <= {"passed", "skipped"}:
+        return "fails without a bug"
+    return "skips all its tests" if "passed" not in ends and lacks(guard) is None else ""
 
 
 def try_mutation(tree: Path, mutation: Mutation) -> Result:
     """Seed the bug in `tree`, run its guards, take it out again."""
     path = tree / mutation.file
     original = path.read_text()
-    assert original.count(mutation.old) == 1, f"{mutation.name}: `old` must occur once"
     path.write_text(original.replace(mutation.old, mutation.new))
     try:
         if mutation.guard.rebuilds:
             build = run(tree, "setup.py", "-q", "build_ext", "-f", "--inplace")
             if build.returncode != 0:
                 return Result(why_not="does not build", output=build.stdout)
-        done = run_guard(tree, mutation.guard, "-x")
+        tests = shlex.split(mutation.guard.tests)
+        done = run_pytest(tree, mutation.guard.interpreted, "-v", "-x", *tests)
     except subprocess.TimeoutExpired:
         return Result(why_not="hangs")
     finally:
@@ -201,19 +246,24 @@ def main() -> int:
     if unknown := set(arguments.names) - set(names):
         parser.error(f"no mutation is called {', '.join(sorted(unknown))}")
     chosen = [m for m in mutations if not arguments.names or m.name in arguments.names]
+    for mutation in chosen:
+        if (count := (ROOT / mutation.file).read_text().count(mutation.old)) != 1:
+            sys.exit(
+                f"{mutation.name}: `old` must occur once in {mutation.file}, not {count} times"
+            )
     with tempfile.TemporaryDirectory() as folder:
         trees = queue.Queue()
         for worker in range(arguments.j):
             trees.put(copy_tree(Path(folder) / str(worker)))
         guards = dict.fromkeys(mutation.guard for mutation in chosen)
-        unfit = {
-            guard: result
-            for guard, result in on_every_tree(trees, check_guard, guards, "guards").items()
-            if result.why_not
-        }
-        for guard, result in unfit.items():
-            print(f"{result.output}\n{guard.tests}: {result.why_not}")
-        if unfit:
+        kinds = collections.defaultdict(tuple)
+        for guard in guards:
+            kinds[guard.interpreted, guard.rebuilds] += (guard,)
+        results = on_every_tree(trees, check_guards, kinds.values(), "kinds of guards")
+        checked = collections.ChainMap(*results.values())
+        if failed := [guard for guard in guards if checked[guard].why_not]:
+            print(*dict.fromkeys(checked[guard].output for guard in failed), sep="\n")
+            print(*(f"{guard.tests}: {checked[guard].why_not}" for guard in failed), sep="\n")
             return 1
         runnable = [mutation for mutation in chosen if lacks(mutation.guard) is None]
         results = on_every_tree(trees, try_mutation, runnable, "bugs")

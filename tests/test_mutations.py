@@ -1,4 +1,4 @@
-"""The list of seeded bugs fits the sources, and the committed results are of this list.
+"""The list of seeded bugs fits sources and tests, and the committed results are of this list.
 
 `make mutate` seeds the bugs, which takes minutes.
 """
@@ -6,7 +6,7 @@
 import pytest
 
 from tests.mutation_list import read_mutations
-from tests.mutations import ROOT, written
+from tests.mutations import ROOT, run_guards, written
 
 MUTATIONS = read_mutations()
 
@@ -25,6 +25,14 @@ new = 'x'
 def test_a_bug_is_one_replacement(mutation):
     assert (ROOT / mutation.file).read_text().count(mutation.old) == 1
     assert mutation.new != mutation.old
+
+
+@pytest.mark.parametrize("interpreted", [False, True], ids=["plain", "interpreted"])
+def test_every_guard_selects_a_test(interpreted):
+    guards = {mutation.guard for mutation in MUTATIONS if mutation.guard.interpreted == interpreted}
+    collected, selected = run_guards(ROOT, list(guards), "--collect-only", "-qq")
+    assert selected, collected.stdout
+    assert not [guard.tests for guard, tests in selected.items() if not tests], collected.stdout
 
 
 def test_results_are_of_this_list():
