@@ -162,6 +162,11 @@ def write_csv(path: Path, rows: Iterable[dict]) -> list[dict]:
     return written
 
 
+def read_csv(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
 def run(main: Callable[[], Sequence[dict]]) -> NoReturn:
     """Run a script, which returns its rows, and exit with a status that scripts can use.
 

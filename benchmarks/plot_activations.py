@@ -16,7 +16,6 @@ derivative jumps, on grey where it is less than 0.01. activations.csv has a row 
 from __future__ import annotations
 
 import argparse
-import csv
 from pathlib import Path
 
 import torch
@@ -89,11 +88,11 @@ def shape(member: Member) -> dict[str, str]:
 
 def instructions(op: str) -> dict[str, str]:
     """Instructions for an element, in training, by provider and direction; "" if nobody counted."""
-    found = {}
-    with MACHINE_CODE.open(newline="") as file:
-        for row in csv.DictReader(file):
-            if (row["activation"], row["dtype"], row["capability"]) == (op, "bfloat16", "90"):
-                found[row["provider"], row["direction"]] = row["instructions_per_element"]
+    found = {
+        (row["provider"], row["direction"]): row["instructions_per_element"]
+        for row in environment.read_csv(MACHINE_CODE)
+        if (row["activation"], row["dtype"], row["capability"]) == (op, "bfloat16", "90")
+    }
 
     def first(provider: str, *directions: str) -> str:
         return next(filter(None, (found.get((provider, each)) for each in directions)), "")

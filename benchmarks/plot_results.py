@@ -14,7 +14,6 @@
 from __future__ import annotations
 
 import argparse
-import csv
 import math
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -375,8 +374,7 @@ def draw(folder: Path, picture: str) -> bool:
     """Draw one picture; if it cannot be, say why."""
     table, make = PICTURES[picture]
     try:
-        with (folder / table).open(newline="") as file:
-            rows = list(csv.DictReader(file))
+        rows = environment.read_csv(folder / table)
         with rc_context(RC):
             make(rows).savefig(folder / picture)
     except OSError as error:

@@ -6,10 +6,11 @@ is what `benchmarks.plot_results.quotable` lets through.
 
 from __future__ import annotations
 
-import csv
 import json
 import textwrap
 from pathlib import Path
+
+from benchmarks.environment import read_csv
 
 H200 = Path(__file__).parent.parent / "benchmarks" / "results" / "nvidia-h200"
 BEFORE = H200 / "91e1619"
@@ -18,11 +19,6 @@ ACTIVATIONS = {"mish": "Mish", "swish": "Swish", "relu6": "ReLU6"}
 LARGE, LARGEST = 2**28, 2**31  # bytes of a tensor
 DIRECTIONS = ("forward", "backward")
 KERNELS = {"Triton": "triton", "CUDA C++": "cuda", "ATen": "aten"}
-
-
-def read(path: Path) -> list[dict[str, str]]:
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
 
 
 def table(header: tuple, lines: list[tuple]) -> str:
@@ -41,7 +37,7 @@ def speed(api: str, size: int) -> dict[tuple[str, ...], dict]:
 
     return {
         tuple(row[key] for key in ("activation", "dtype", "direction", "provider")): row
-        for row in read(H200 / "speed.csv")
+        for row in read_csv(H200 / "speed.csv")
         if quotable(row)
         and (row["api"], row["layout"]) == (api, "contiguous")
         and tensor_bytes(row) == size
@@ -77,7 +73,7 @@ def summary() -> str:
     instructions = {
         (row["provider"], row["direction"]): row
         for path in ("aten.csv", "ours.csv")
-        for row in read(H200.parent / "machine_code" / path)
+        for row in read_csv(H200.parent / "machine_code" / path)
         if (row["activation"], row["dtype"], row["capability"]) == ("mish", "bfloat16", "90")
     }
 
@@ -173,7 +169,7 @@ def network_ratios() -> dict[tuple[str, str], tuple[float, float, float]]:
     found = {}
     for path in (BEFORE / "networks.csv", H200 / "networks.csv"):
         base = {}
-        for row in read(path):
+        for row in read_csv(path):
             memory = row.get("step_gb") or row["step_gib"]
             numbers = float(row["ms"]), float(memory), float(row["min"])
             mode = row["mode"].replace(" notinplace+remat", " remat")
@@ -229,7 +225,7 @@ def host() -> str:
 def small() -> dict[tuple[str, int], dict[str, float]]:
     """Microseconds of a kernel alone, by op and log2 of the size, then by provider."""
     found = {}
-    for row in read(H200 / "kernels_alone.csv"):
+    for row in read_csv(H200 / "kernels_alone.csv"):
         if row["section"] == "small":
             op, _, size = row["op"].partition(" 2^")
             found.setdefault((op, int(size)), {})[row["provider"]] = 1000 * float(row["ms"])
@@ -263,7 +259,7 @@ def weighted_and_mirrored() -> str:
     """GB/s of what has to be moved, as a share of a copy's or of an addition's."""
     found = {
         (row["op"], row["dtype"], row["provider"]): float(row["gbps"])
-        for row in read(H200 / "kernels_alone.csv")
+        for row in read_csv(H200 / "kernels_alone.csv")
         if row["section"] == "matrix"
     }
 
@@ -322,7 +318,7 @@ def variants(
     """
     rows = {}
     for path in paths:
-        found = read(H200 / path)
+        found = read_csv(H200 / path)
         copies = {
             (row["op"], row["dtype"]): float(row["gbps"])
             for row in found

@@ -5,12 +5,12 @@ python -m tests.readme    # writes them into the pages anew
 
 from __future__ import annotations
 
-import csv
 import math
 import re
 import statistics
 from pathlib import Path
 
+from benchmarks.environment import read_csv
 from fused_act.activations import FAMILIES
 from tests import faults, measured
 from tests.accuracy import DERIVATIVE, FORWARD
@@ -21,8 +21,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 
 
 def rows(path: str) -> list[dict[str, str]]:
-    with (RESULTS / path).open(newline="") as file:
-        return list(csv.DictReader(file))
+    return read_csv(RESULTS / path)
 
 
 def compiled() -> str:

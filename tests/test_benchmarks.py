@@ -1,6 +1,5 @@
 """The comparison scripts: what they measure and skip, and what an early end leaves behind."""
 
-import csv
 import importlib
 import inspect
 import itertools
@@ -20,12 +19,8 @@ from fused_act.backends.triton import INTERPRET
 
 ELEMENTWISE = FAMILIES["elementwise"]
 
+read = environment.read_csv
 ATEN = next(provider for provider in PROVIDERS if provider.name == "aten")
-
-
-def read(path):
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
 
 
 def provider(name, function, **fields):

@@ -1,6 +1,5 @@
 """The gallery, the comparison sheet and the trainings of the whole family."""
 
-import csv
 import importlib
 import math
 import sys
@@ -25,11 +24,6 @@ def run(script, monkeypatch, *arguments) -> int:
     with pytest.raises(SystemExit) as ended:
         environment.run(script.main)
     return ended.value.code
-
-
-def read(path):
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
 
 
 def test_the_family_is_all_there_is():
@@ -100,7 +94,7 @@ def test_the_sheet_has_a_row_for_each(monkeypatch, tmp_path, capsys):
     threads = torch.get_num_threads()
     assert run(plot_activations, monkeypatch, "--results", tmp_path) == 0
     torch.set_num_threads(threads)
-    rows = {row["activation"]: row for row in read(tmp_path / "activations.csv")}
+    rows = {row["activation"]: row for row in environment.read_csv(tmp_path / "activations.csv")}
     assert list(rows) == list(family.BY_NAME)
     assert float(rows["Mish"]["time_torch"]) == 2.0
     for row in rows.values():
@@ -116,7 +110,7 @@ def test_the_sheet_has_a_row_for_each(monkeypatch, tmp_path, capsys):
 def test_training_of_two(monkeypatch, tmp_path, capsys, one_thread):
     arguments = ("--epochs", 2, "--seeds", 2, "--results", tmp_path)
     assert run(compare_training, monkeypatch, *arguments, "--activations", "Mish", "ReLU6") == 0
-    rows = read(tmp_path / "training_by_activation.csv")
+    rows = environment.read_csv(tmp_path / "training_by_activation.csv")
     keys = [(row["activation"], row["seed"], row["epoch"]) for row in rows]
     assert len(set(keys)) == len(rows) == 2 * 2 * 2
     for row in rows:
