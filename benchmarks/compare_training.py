@@ -19,20 +19,19 @@ import statistics
 from collections import defaultdict
 from collections.abc import Iterator
 from functools import partial
-from pathlib import Path
 
 import torch
 
 from benchmarks import environment
-from benchmarks.family import BLUE, BY_NAME, FAMILY, Member
+from benchmarks.family import BY_NAME, FAMILY, Member
 from benchmarks.networks import digits_network
 
 try:
     import numpy as np
-    from matplotlib import rc_context
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
+    from benchmarks import pictures
     from benchmarks.training import BATCH_SIZE, Digits, Training, saved_megabytes
 except ImportError as error:
     environment.refuse(f"compare_training needs scikit-learn and matplotlib: {error}")
@@ -133,7 +132,7 @@ def answer(found: dict[str, Summary]) -> str:
     )
 
 
-def draw(path: Path, rows: list[dict]) -> None:
+def draw(rows: list[dict]) -> Figure:
     """The training loss, an activation a panel, before the mean of all the others."""
     names = list(dict.fromkeys(row["activation"] for row in rows))
     losses = {
@@ -145,35 +144,27 @@ def draw(path: Path, rows: list[dict]) -> None:
         )
         for name in names
     }
-    epochs = np.arange(1, next(iter(losses.values())).shape[1] + 1)
     found = summaries(rows)
     columns = min(4, len(names))
     lines = -(-len(names) // columns)
-    style = {"font.size": 9, "axes.titlesize": 9.5, "savefig.dpi": 200}
-    with rc_context(style):
-        figure = Figure(figsize=(2.2 * columns, 0.4 + 1.9 * lines), layout="constrained")
-        panels = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False)
-        for axes, name in zip(panels.flat, names):
-            for other in losses.values():
-                axes.plot(epochs, other.mean(0), color="0.85", linewidth=0.8)
-            axes.fill_between(
-                epochs, losses[name].min(0), losses[name].max(0), color=BLUE, alpha=0.2, linewidth=0
-            )
-            axes.plot(epochs, losses[name].mean(0), color=BLUE, linewidth=1.8)
-            axes.set(yscale="log")
-            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-            axes.set_title(f"{name}: {statistics.mean(found[name].accuracies):.1f} %")
-            axes.spines[["top", "right"]].set_visible(False)
-        for axes in panels.flat[len(names) :]:
-            axes.set_axis_off()
-        figure.supxlabel("epoch", fontsize=9)
-        figure.supylabel("training loss", fontsize=9)
-        figure.suptitle(
-            "Training loss: mean and range of the seeds, before the others; test accuracy",
-            fontsize=9.5,
-        )
-        figure.savefig(path)
-    print(f"{path}")
+    figure = Figure(figsize=(2.2 * columns, 0.4 + 1.9 * lines), layout="constrained")
+    panels = figure.subplots(lines, columns, sharex=True, sharey=True, squeeze=False)
+    for axes, name in zip(panels.flat, names):
+        for other in losses.values():
+            axes.plot(np.arange(1, other.shape[1] + 1), other.mean(0), color="0.75", linewidth=0.8)
+        pictures.mean_and_range(axes, losses[name], color=pictures.BLUE, linewidth=1.8)
+        axes.set(yscale="log")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.set_title(f"{name}: {statistics.mean(found[name].accuracies):.1f} %")
+    for axes in panels.flat[len(names) :]:
+        axes.set_axis_off()
+    figure.supxlabel("epoch", fontsize=9)
+    figure.supylabel("training loss", fontsize=9)
+    figure.suptitle(
+        "Training loss: mean and range of the seeds, before the others; test accuracy",
+        fontsize=9.5,
+    )
+    return figure
 
 
 def member_by_name(text: str) -> Member:
@@ -224,7 +215,7 @@ def main() -> list[dict]:
     )
     found = summaries(rows)
     print_results(found)
-    draw(arguments.results / "training_by_activation.png", rows)
+    pictures.save(arguments.results / "training_by_activation.png", partial(draw, rows))
     if found.keys() >= set(QUESTION):
         print(answer(found))
     else:

@@ -16,12 +16,12 @@ import math
 import statistics
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MultipleLocator
@@ -31,8 +31,10 @@ from torch.utils.benchmark import Timer
 from tqdm import tqdm
 
 import fused_act
+from benchmarks import pictures
 from benchmarks.environment import default_device, device_name
 from benchmarks.networks import digits_network
+from benchmarks.pictures import BLUE, GREEN, VERMILLION
 from benchmarks.providers import NAIVE
 from benchmarks.training import BATCH_SIZE, Digits, Training, saved_megabytes
 from fused_act import dispatch
@@ -42,10 +44,6 @@ TIMED = {"cpu": (2**20, torch.float32), "cuda": (2**26, torch.bfloat16)}
 TIMING_ROUNDS = 9
 DIRECTIONS = ("forward", "forward\n+ backward")
 OWN, COMPILED, COMPILED_OWN = "torch's own op", "compiled fused_act", "compiled torch op"
-
-# From the palette of Okabe and Ito, whose colours all readers can tell apart.
-BLUE, VERMILLION, GREEN = "#0072B2", "#D55E00", "#009E73"
-STYLE = {"font.size": 9, "axes.titlesize": 9.5, "lines.linewidth": 1.8, "savefig.dpi": 200}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -224,53 +222,41 @@ def draw_case(axes: Axes, case: Case, device: torch.device) -> None:
     axes.vlines(x[jumps], 0, 1, color=VERMILLION, linewidth=0.8, linestyles="dotted")
     # A point without a value parts the line, which would join the sides of a jump by a slope.
     derivative[jumps + 1] = np.nan
-    axes.plot(x, y, color=BLUE, label="function")
-    axes.plot(x, derivative, color=VERMILLION, linestyle=(0, (4, 1.5)), label="derivative")
+    axes.plot(x, y, color=BLUE, linewidth=1.8, label="function")
+    dashes = (0, (4, 1.5))
+    axes.plot(x, derivative, color=VERMILLION, linewidth=1.8, linestyle=dashes, label="derivative")
     left, right, bottom, top = case.window
     axes.set(xlim=(left, right), ylim=(bottom, top))
     axes.set_title(f"{case.name}: {case.formula}")
     axes.xaxis.set_major_locator(MultipleLocator(2))
     axes.yaxis.set_major_locator(MultipleLocator(1))
-    axes.axhline(0, color="0.8", linewidth=0.8, zorder=0)
-    axes.axvline(0, color="0.8", linewidth=0.8, zorder=0)
-    axes.spines[:].set_visible(False)
-    axes.tick_params(length=0, labelcolor="0.35")
+    pictures.axes_through_origin(axes)
 
 
-def draw_curves(path: Path, device: torch.device) -> None:
+def draw_curves(device: torch.device) -> Figure:
     """Each activation and its derivative as autograd gives it, on axes through the origin."""
     figure = Figure(figsize=(8, 3), layout="constrained")
     for axes, case in zip(figure.subplots(1, len(CASES)), CASES):
         draw_case(axes, case, device)
     handles = figure.axes[0].get_lines()[:2]
     figure.legend(handles=handles, loc="outside lower center", ncols=2, frameon=False)
-    figure.savefig(path)
+    return figure
 
 
-def draw_band(axes: Axes, curves: np.ndarray, case: Case) -> None:
-    epochs = np.arange(1, curves.shape[1] + 1)
-    axes.plot(epochs, curves.mean(0), color=case.color, label=case.name)
-    low, high = curves.min(0), curves.max(0)
-    axes.fill_between(epochs, low, high, color=case.color, alpha=0.2, linewidth=0)
-
-
-def draw_training(path: Path, trained: Trained) -> None:
+def draw_training(trained: Trained) -> Figure:
     """The fused networks: the mean over the seeds, in a band from the least to the greatest."""
     figure = Figure(figsize=(8, 3.2), layout="constrained")
     loss_axes, accuracy_axes = figure.subplots(1, 2)
     for case in CASES:
         runs = [twins["fused_act"] for twins in trained[case.name]]
-        draw_band(loss_axes, np.array([run.epoch_losses() for run in runs]), case)
-        draw_band(accuracy_axes, np.array([run.accuracies for run in runs]), case)
+        line = {"color": case.color, "label": case.name, "linewidth": 1.8}
+        pictures.mean_and_range(loss_axes, np.array([run.epoch_losses() for run in runs]), **line)
+        pictures.mean_and_range(accuracy_axes, np.array([run.accuracies for run in runs]), **line)
     loss_axes.set(title="Training loss", xlabel="epoch", yscale="log")
     accuracy_axes.set(title="Test accuracy, %", xlabel="epoch", ylim=(90, 100.3))
-    for axes in figure.axes:
-        axes.grid(color="0.92")
-        axes.set_axisbelow(True)
-        axes.spines[["top", "right"]].set_visible(False)
     seeds = "1 seed" if len(runs) == 1 else f"mean and range\nof {len(runs)} seeds"
     accuracy_axes.legend(loc="lower right", title=seeds, alignment="left", frameon=False)
-    figure.savefig(path)
+    return figure
 
 
 @dataclasses.dataclass(frozen=True)
@@ -429,9 +415,8 @@ def main() -> None:
     print(training_table(trained, digits))
     print(f"\n{comparison_of_losses(trained, device)}")
     write_csv(results / "training.csv", trained)
-    with rc_context(STYLE):
-        draw_curves(results / "curves.png", device)
-        draw_training(results / "training.png", trained)
+    pictures.save(results / "curves.png", partial(draw_curves, device))
+    pictures.save(results / "training.png", partial(draw_training, trained))
 
     failures: set[str] = set()
     columns = measure_all(device, failures)

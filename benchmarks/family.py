@@ -10,9 +10,6 @@ from torch import Tensor, nn
 
 import fused_act
 
-# From the palette of Okabe and Ito, whose colours all readers can tell apart.
-BLUE, VERMILLION, GREEN = "#0072B2", "#D55E00", "#009E73"
-
 
 @dataclasses.dataclass(frozen=True)
 class Member:

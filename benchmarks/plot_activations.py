@@ -16,19 +16,20 @@ derivative jumps, on grey where it is less than 0.01. activations.csv has a row 
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from benchmarks import environment, timing
-from benchmarks.family import BLUE, FAMILY, VERMILLION, Member
+from benchmarks.family import FAMILY, Member
 
 try:
     import numpy as np
-    from matplotlib import rc_context
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+    from benchmarks import pictures
+    from benchmarks.pictures import BLUE, VERMILLION
 except ImportError as error:
     environment.refuse(f"pictures need matplotlib and numpy: {error}")
 
@@ -172,28 +173,24 @@ def draw_member(axes: Axes, member: Member) -> None:
     axes.set(xlim=WINDOW, ylim=(-2.2, 6.6))
     axes.set_xticks(range(-6, 9, 2))
     axes.set_yticks(range(-2, 7, 2))
-    axes.axhline(0, color="0.8", linewidth=0.8, zorder=0)
-    axes.axvline(0, color="0.8", linewidth=0.8, zorder=0)
-    axes.spines[:].set_visible(False)
-    axes.tick_params(length=0, labelcolor="0.35")
+    pictures.axes_through_origin(axes)
+    axes.tick_params(labelsize=8)
 
 
-def draw_gallery(path: Path) -> None:
-    with rc_context({"font.size": 8, "axes.titlesize": 9.5, "savefig.dpi": 200}):
-        figure = Figure(figsize=(8.8, 6.4), layout="constrained")
-        panels = figure.subplots(3, 4, sharex=True, sharey=True)
-        for axes, member in zip(panels.flat, FAMILY):
-            draw_member(axes, member)
-        legend = panels.flat[len(FAMILY)]
-        legend.set_axis_off()
-        legend.plot([], [], color=BLUE, linewidth=1.8, label="function")
-        legend.plot([], [], color=VERMILLION, linewidth=1.4, label="derivative")
-        legend.plot([], [], color="0.3", linestyle=(0, (1, 1)), label="second channel")
-        legend.axvline(np.nan, color=VERMILLION, linewidth=0.8, linestyle="dotted", label="kink")
-        legend.fill_between([], [], color="0.93", label=f"derivative below {FLAT:g}")
-        legend.legend(loc="center", frameon=False, fontsize=9)
-        figure.savefig(path)
-    print(path)
+def draw_gallery() -> Figure:
+    figure = Figure(figsize=(8.8, 6.4), layout="constrained")
+    panels = figure.subplots(3, 4, sharex=True, sharey=True)
+    for axes, member in zip(panels.flat, FAMILY):
+        draw_member(axes, member)
+    legend = panels.flat[len(FAMILY)]
+    legend.set_axis_off()
+    legend.plot([], [], color=BLUE, linewidth=1.8, label="function")
+    legend.plot([], [], color=VERMILLION, linewidth=1.4, label="derivative")
+    legend.plot([], [], color="0.3", linestyle=(0, (1, 1)), label="second channel")
+    legend.axvline(np.nan, color=VERMILLION, linewidth=0.8, linestyle="dotted", label="kink")
+    legend.fill_between([], [], color="0.93", label=f"derivative below {FLAT:g}")
+    legend.legend(loc="center", frameon=False, fontsize=9)
+    return figure
 
 
 def print_sheet(rows: list[dict]) -> None:
@@ -244,7 +241,7 @@ def main() -> list[dict]:
         torch.set_num_threads(1)
     rows = environment.write_csv(arguments.results / "activations.csv", sheet(device))
     print_sheet(rows)
-    draw_gallery(arguments.results / "activations.png")
+    pictures.save(arguments.results / "activations.png", draw_gallery)
     return rows
 
 

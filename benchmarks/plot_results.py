@@ -24,42 +24,31 @@ from benchmarks.providers import DTYPES
 
 try:
     import numpy as np
-    from matplotlib import rc_context
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+    from benchmarks import pictures
+    from benchmarks.pictures import BLACK, BLUE, GREEN, GREY, ORANGE, SKY_BLUE, VERMILLION
 except ImportError as error:
     environment.refuse(f"pictures need matplotlib and numpy: {error}")
 
-# From the palette of Okabe and Ito, whose colours all readers can tell apart.
 STYLES = {
-    "cuda": {"color": "#0072B2", "marker": "o"},
-    "triton": {"color": "#56B4E9", "marker": "s"},
-    "compile(fused_act)": {"color": "#009E73", "marker": "D"},
-    "fallback": {"color": "#000000", "marker": "v"},
-    "aten": {"color": "#D55E00", "marker": "^"},
-    "compile(aten)": {"color": "#E69F00", "marker": "P"},
-    "naive": {"color": "#999999", "marker": "X"},
+    "cuda": {"color": BLUE, "marker": "o"},
+    "triton": {"color": SKY_BLUE, "marker": "s"},
+    "compile(fused_act)": {"color": GREEN, "marker": "D"},
+    "fallback": {"color": BLACK, "marker": "v"},
+    "aten": {"color": VERMILLION, "marker": "^"},
+    "compile(aten)": {"color": ORANGE, "marker": "P"},
+    "naive": {"color": GREY, "marker": "X"},
 }
 SMALL_CASES = ("alone", "conv-act-conv")  # of compare_memory; the others are networks
 # Ways to train a network, by provider and method; `ours` is the first of ours that was measured.
 METHODS = {
-    "torch": ("aten", "", "#D55E00"),
-    "fused_act": ("ours", "", "#000000"),
-    "rematerialize()": ("ours", "rematerialize", "#56B4E9"),
-    "rematerialize(norm=True)": ("ours", "rematerialize-norm", "#0072B2"),
-    "checkpoint": ("aten", "checkpoint", "#999999"),
-}
-RC = {
-    "axes.axisbelow": True,
-    "axes.grid": True,
-    "axes.spines.right": False,
-    "axes.spines.top": False,
-    "axes.titlesize": 9.5,
-    "font.size": 9,
-    "grid.color": "0.92",
-    "lines.linewidth": 1.5,
-    "lines.markersize": 4,
-    "savefig.dpi": 200,
+    "torch": ("aten", "", VERMILLION),
+    "fused_act": ("ours", "", BLACK),
+    "rematerialize()": ("ours", "rematerialize", SKY_BLUE),
+    "rematerialize(norm=True)": ("ours", "rematerialize-norm", BLUE),
+    "checkpoint": ("aten", "checkpoint", GREY),
 }
 DIRECTIONS = ("forward", "backward")
 
@@ -182,8 +171,7 @@ def draw_lines(axes: Axes, rows: list[dict]) -> None:
         found = sorted(select(rows, provider=provider), key=numel)
         low, median, high = shares(found)
         x = [numel(row) for row in found]
-        axes.plot(x, median, label=provider, **STYLES[provider])
-        axes.fill_between(x, low, high, color=STYLES[provider]["color"], alpha=0.2, linewidth=0)
+        pictures.line_with_band(axes, x, median, low, high, label=provider, **STYLES[provider])
 
 
 def draw_bars(dtypes: dict[str, str], axes: Axes, rows: list[dict]) -> None:
@@ -334,7 +322,7 @@ def small_tensors(rows: list[dict]) -> Figure:
     return figure
 
 
-MODES = {"torch": "#D55E00", "fused": "#000000", "fused remat": "#56B4E9"}
+MODES = {"torch": VERMILLION, "fused": BLACK, "fused remat": SKY_BLUE}
 
 
 def networks(rows: list[dict]) -> Figure:
@@ -375,8 +363,7 @@ def draw(folder: Path, picture: str) -> bool:
     table, make = PICTURES[picture]
     try:
         rows = environment.read_csv(folder / table)
-        with rc_context(RC):
-            make(rows).savefig(folder / picture)
+        pictures.save(folder / picture, partial(make, rows))
     except OSError as error:
         print(f"no {picture}: {error.filename}: {error.strerror}")
     except KeyError as error:
@@ -384,7 +371,6 @@ def draw(folder: Path, picture: str) -> bool:
     except NothingToDraw as error:
         print(f"no {picture}: {folder / table}: {error}")
     else:
-        print(folder / picture)
         return True
     return False
 
