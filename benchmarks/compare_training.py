@@ -8,7 +8,7 @@ have half of the filters (Shang et al., arXiv:1603.05201). All networks of a see
 same state of the random generator, see the same batches, and take turns at every step, in an order
 that is drawn anew: what slows the machine slows all of them alike.
 
-Writes training_by_activation.csv, one row for each epoch, and training_by_activation.png.
+Writes training.csv, one row for each epoch, and training.png.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ try:
     from matplotlib.ticker import MaxNLocator
 
     from benchmarks import pictures
-    from benchmarks.training import BATCH_SIZE, Digits, Training, saved_megabytes
+    from benchmarks.digits import BATCH_SIZE, Digits, Training, saved_megabytes
 except ImportError as error:
     environment.refuse(f"compare_training needs scikit-learn and matplotlib: {error}")
 
@@ -210,12 +210,12 @@ def main() -> list[dict]:
     )
     total = len(members) * arguments.epochs * arguments.seeds
     rows = environment.write_csv(
-        arguments.results / "training_by_activation.csv",
+        arguments.results / "training.csv",
         environment.progress((row for found in seeds for row in found), total),
     )
     found = summaries(rows)
     print_results(found)
-    pictures.save(arguments.results / "training_by_activation.png", partial(draw, rows))
+    pictures.save(arguments.results / "training.png", partial(draw, rows))
     if found.keys() >= set(QUESTION):
         print(answer(found))
     else:

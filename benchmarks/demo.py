@@ -32,11 +32,11 @@ from tqdm import tqdm
 
 import fused_act
 from benchmarks import pictures
+from benchmarks.digits import BATCH_SIZE, Digits, Training, saved_megabytes
 from benchmarks.environment import default_device, device_name
 from benchmarks.networks import digits_network
 from benchmarks.pictures import BLUE, GREEN, VERMILLION
 from benchmarks.providers import NAIVE
-from benchmarks.training import BATCH_SIZE, Digits, Training, saved_megabytes
 from fused_act import dispatch
 from fused_act.backends.triton import INTERPRET
 
@@ -365,7 +365,7 @@ def summary(device: torch.device, pairs: int, results: Path) -> str:
     return (
         f"Trained {pairs} pairs of networks and timed {len(CASES)} activations on "
         f"{device_name(device)} with torch {torch.__version__}; the pictures are "
-        f"{results / 'curves.png'} and {results / 'training.png'}."
+        f"{results / 'curves.png'} and {results / 'demo.png'}."
     )
 
 
@@ -414,9 +414,9 @@ def main() -> None:
     )
     print(training_table(trained, digits))
     print(f"\n{comparison_of_losses(trained, device)}")
-    write_csv(results / "training.csv", trained)
+    write_csv(results / "demo.csv", trained)
     pictures.save(results / "curves.png", partial(draw_curves, device))
-    pictures.save(results / "training.png", partial(draw_training, trained))
+    pictures.save(results / "demo.png", partial(draw_training, trained))
 
     failures: set[str] = set()
     columns = measure_all(device, failures)

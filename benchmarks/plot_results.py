@@ -8,7 +8,7 @@
 - small_tensors.png, from kernels_alone.csv: kernels without their launch, on small tensors.
 - networks.png, from networks.csv: time and memory of training steps.
 - memory.png, from memory.csv: what autograd saves for backward;
-- training.png, from memory.csv: bytes and time of `rematerialize` and of checkpoints.
+- rematerialization.png, from memory.csv: bytes and time of `rematerialize` and of checkpoints.
 """
 
 from __future__ import annotations
@@ -253,7 +253,7 @@ def memory(rows: list[dict]) -> Figure:
     return figure
 
 
-def training(rows: list[dict]) -> Figure:
+def rematerialization(rows: list[dict]) -> Figure:
     """Bytes and time of each method in each network, as shares of torch's."""
     rows = [row for row in rows if row["saved_bytes"] and row["inplace"] == "False"]
     own = [row["provider"] for row in rows if row["method"] == "rematerialize"]
@@ -354,7 +354,7 @@ PICTURES = {
     "speed_by_size.png": ("speed.csv", speed_by_size),
     "speed_by_dtype.png": ("speed.csv", speed_by_dtype),
     "memory.png": ("memory.csv", memory),
-    "training.png": ("memory.csv", training),
+    "rematerialization.png": ("memory.csv", rematerialization),
 }
 
 

@@ -231,7 +231,7 @@ def training() -> str:
 
     from benchmarks.compare_training import spread, summaries
 
-    measured = rows("cpu/training_by_activation.csv")
+    measured = rows("cpu/training.csv")
     numbers = ("epoch", "loss", "accuracy", "ms", "saved_mb", "parameters")
     found = summaries([row | {each: float(row[each]) for each in numbers} for row in measured])
     lines = [

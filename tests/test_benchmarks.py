@@ -708,18 +708,18 @@ def test_picture_of_memory(plots):
     assert "H200, torch 2" in figure.get_suptitle()
 
 
-def test_picture_of_training(plots):
+def test_picture_of_rematerialization(plots):
     rows = [
         memory_row("aten", 9.0),
         memory_row("aten", 4.0, case="csp", ms=2.0),
         memory_row("fallback", 3.0, case="csp", method="rematerialize", ms=3.0),
         memory_row("aten", 1.0, case="csp", method="checkpoint", ms=4.0),
     ]
-    bytes_, time = plots.training(rows).axes
+    bytes_, time = plots.rematerialization(rows).axes
     assert [bar.get_width() for bar in bytes_.patches] == [100, 75, 25]
     assert [bar.get_width() for bar in time.patches] == [100, 150, 200]
     with pytest.raises(plots.NothingToDraw):
-        plots.training(rows[:2])
+        plots.rematerialization(rows[:2])
 
 
 @pytest.mark.skipif(INTERPRET, reason="times nothing in the interpreter")

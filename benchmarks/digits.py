@@ -1,4 +1,4 @@
-"""The training that the demo and compare_training run: small networks on handwritten digits."""
+"""The handwritten digits of scikit-learn, and the training of small networks on them."""
 
 from __future__ import annotations
 
