@@ -36,7 +36,6 @@ from benchmarks.machine_code import Kernel, Unavailable
 from fused_act import __version__
 from fused_act.backends.cuda import REBUILD, extension
 from fused_act.families.base import Row
-from fused_act.families.elementwise import Elementwise
 
 
 class GPU(NamedTuple):
@@ -71,26 +70,8 @@ def warps_per_sm(kernel: Kernel, gpu: GPU) -> int:
     return warps - warps % (kernel.threads // WARP)  # whole blocks
 
 
-class Case(NamedTuple):
-    activation: Elementwise
-    direction: str
-    masked: bool
-    dtype: torch.dtype
-
-    outputs = 1
-
-    @property
-    def inputs(self) -> int:
-        """Tensors of the dtype that are read; a mask is none."""
-        return 1 if self.direction == "forward" or self.masked else 2  # with grad_output
-
-    @property
-    def bytes_per_element(self) -> float:
-        return self.dtype.itemsize * (self.inputs + 1) + (1 / 8 if self.masked else 0)
-
-
-class MatrixCase(NamedTuple):
-    """A kernel of an activation with a weight, one for each row of 16 n elements, or mirrored."""
+class KernelVariant(NamedTuple):
+    """One kernel for one dtype; one with a weight is that of a weight for each row of x."""
 
     activation: Row
     direction: str
@@ -98,59 +79,65 @@ class MatrixCase(NamedTuple):
     dtype: torch.dtype
 
     @property
-    def is_mirrored(self) -> bool:
-        return self.activation.family == "mirrored"
+    def widening(self) -> int:
+        """The elements of y for each element of x."""
+        return 2 if self.activation.family == "mirrored" else 1
 
     @property
     def inputs(self) -> int:
-        """Tensors of as many elements as x that are read; of a gradient of y it is two."""
-        return 1 if self.direction == "forward" else 2
+        """Tensors of as many elements as x that are read: x, or grad_output and what is saved.
+
+        A mask does not count.
+        """
+        if self.direction == "forward":
+            return 1
+        return self.widening + (0 if self.masked else 1)
 
     @property
     def outputs(self) -> int:
         """Tensors of as many elements as x that are written."""
-        return 2 if self.is_mirrored and self.direction == "forward" else 1
+        return self.widening if self.direction == "forward" else 1
 
     @property
     def bytes_per_element(self) -> float:
-        return self.dtype.itemsize * (self.inputs + self.outputs) + (1 / 4 if self.masked else 0)
+        mask = self.widening / 8 if self.masked else 0
+        return self.dtype.itemsize * (self.inputs + self.outputs) + mask
 
 
-CASES = [
-    Case(*kernel, dtype)
-    for kernel, dtype in itertools.product(machine_code.kernels(), machine_code.CUDA_TYPES)
+VARIANTS = [
+    KernelVariant(*kernel, dtype)
+    for kernel, dtype in itertools.product(
+        [*machine_code.kernels(), *machine_code.matrix_kernels()], machine_code.CUDA_TYPES
+    )
 ]
-MATRIX_CASES = [
-    MatrixCase(*kernel, dtype)
-    for kernel, dtype in itertools.product(machine_code.matrix_kernels(), machine_code.CUDA_TYPES)
-]
 
 
-def triton_kernels(capability: int) -> Iterator[tuple[Case | MatrixCase, Kernel]]:
+def triton_kernels(capability: int) -> Iterator[tuple[KernelVariant, Kernel]]:
     if importlib.util.find_spec("triton") is None:
         raise Unavailable("triton is not installed; install it with `pip install triton`")
-    for case in CASES:
-        yield case, machine_code.triton_kernel(*case, capability)
-    for case in MATRIX_CASES:
-        yield case, machine_code.triton_matrix_kernel(*case, capability)
+    for variant in VARIANTS:
+        elementwise = variant.activation.family == "elementwise"
+        compile_ = machine_code.triton_kernel if elementwise else machine_code.triton_matrix_kernel
+        yield variant, compile_(*variant, capability)
 
 
-def cuda_kernels(capability: int) -> Iterator[tuple[Case | MatrixCase, Kernel]]:
+def cuda_kernels(capability: int) -> Iterator[tuple[KernelVariant, Kernel]]:
     if extension() is None:
         raise Unavailable(f"this install has no CUDA extension; where nvcc is, {REBUILD}")
     functions = machine_code.cuda_kernels(extension(), capability)
-    for case in CASES:
-        yield case, machine_code.cuda_kernel(functions, *case, capability)
-    for case in MATRIX_CASES:
-        yield case, machine_code.cuda_matrix_kernel(functions, *case)
+    for variant in VARIANTS:
+        if variant.activation.family == "elementwise":
+            yield variant, machine_code.cuda_kernel(functions, *variant, capability)
+        else:
+            yield variant, machine_code.cuda_matrix_kernel(functions, *variant)
 
 
-def aten_kernels(library: Path, capability: int) -> Iterator[tuple[Case, Kernel]]:
+def aten_kernels(library: Path, capability: int) -> Iterator[tuple[KernelVariant, Kernel]]:
     functions = machine_code.aten_kernels(library, capability)
-    for case in dict.fromkeys(case._replace(masked=False) for case in CASES):
-        if case.activation.name in machine_code.ATEN_KERNELS:
-            activation, direction, _, dtype = case
-            yield case, machine_code.aten_kernel(functions, activation, direction, dtype)
+    for variant in dict.fromkeys(variant._replace(masked=False) for variant in VARIANTS):
+        if variant.activation.name in machine_code.ATEN_KERNELS:
+            activation, direction, _, dtype = variant
+            yield variant, machine_code.aten_kernel(functions, activation, direction, dtype)
 
 
 def torch_version(library: Path) -> str:
@@ -166,32 +153,32 @@ def row(
     version: str,
     capability: int,
     gpu: GPU,
-    case: Case | MatrixCase,
+    variant: KernelVariant,
     kernel: Kernel,
 ) -> dict:
-    budget = WARP * SCHEDULERS * gpu.sms * gpu.clock * case.bytes_per_element / gpu.bandwidth
+    budget = WARP * SCHEDULERS * gpu.sms * gpu.clock * variant.bytes_per_element / gpu.bandwidth
     mufu_budget = budget * MUFU_PER_CLOCK / (WARP * SCHEDULERS)
-    instructions = case.outputs * kernel.per_element()
-    mufu = case.outputs * kernel.per_element("MUFU")
+    instructions = variant.outputs * kernel.per_element()
+    mufu = variant.outputs * kernel.per_element("MUFU")
     warps = warps_per_sm(kernel, gpu)
     in_flight = sum(kernel.loads_in_flight()) // 8
     return {
         "capability": capability,
         "provider": provider,
         "version": version,
-        "activation": case.activation.name,
-        "direction": f"{case.direction} with mask" if case.masked else case.direction,
-        "dtype": str(case.dtype).removeprefix("torch."),
+        "activation": variant.activation.name,
+        "direction": f"{variant.direction} with mask" if variant.masked else variant.direction,
+        "dtype": str(variant.dtype).removeprefix("torch."),
         "instructions_per_element": instructions,
         "mufu_per_element": mufu,
         "loads": " ".join(map(str, kernel.accesses("LDG"))),
         "stores": " ".join(map(str, kernel.accesses("STG"))),
-        "bytes_in_flight_per_thread_and_input": in_flight // case.inputs,
+        "bytes_in_flight_per_thread_and_input": in_flight // variant.inputs,
         "registers": kernel.registers,
         "spills": kernel.spills(),
         "warps_per_sm": warps,
         "kib_in_flight_per_sm": in_flight * WARP * warps / 1024,
-        "bytes_per_element": case.bytes_per_element,
+        "bytes_per_element": variant.bytes_per_element,
         "gpu_of_budget": gpu.name,
         "bandwidth": gpu.bandwidth,
         "sms": gpu.sms,
@@ -293,8 +280,8 @@ def find_rows(providers: dict, gpus: dict[int, GPU], problems: list[str]) -> Ite
     work = list(itertools.product(providers.items(), gpus.items()))
     for (provider, (version, kernels)), (capability, gpu) in environment.progress(work, len(work)):
         try:
-            for case, kernel in kernels(capability):
-                yield row(provider, version, capability, gpu, case, kernel)
+            for variant, kernel in kernels(capability):
+                yield row(provider, version, capability, gpu, variant, kernel)
         except Unavailable as error:
             problems.append(f"{provider}: {error}")
 

@@ -358,7 +358,7 @@ def test_warps_that_registers_allow(registers, threads, capability, warps):
     ],
 )
 def test_prediction(direction, masked, dtype, budget):
-    case = compare_instructions.Case(ROWS["mish"], direction, masked, dtype)
+    variant = compare_instructions.KernelVariant(ROWS["mish"], direction, masked, dtype)
     store = Instruction(0, "", "STG.E.128", "")
     share = {}
     for count in (30, 60, 120):
@@ -366,7 +366,7 @@ def test_prediction(direction, masked, dtype, budget):
         rest = [Instruction(16 * i, "", "NOP", "") for i in range(1, count * 16 // dtype.itemsize)]
         code = [store, *rest[:-1], Instruction(16 * len(rest), "", "EXIT", "")]
         row = compare_instructions.row(
-            "cuda", "", 90, compare_instructions.GPUS[90], case, Kernel("", code, 32, 256, dtype)
+            "cuda", "", 90, compare_instructions.GPUS[90], variant, Kernel("", code, 32, 256, dtype)
         )
         assert row["instructions_per_element"] == count
         assert row["budget"] == pytest.approx(budget, abs=0.05)
@@ -377,11 +377,11 @@ def test_prediction(direction, masked, dtype, budget):
 
 
 def test_special_functions_limit_the_prediction():
-    case = compare_instructions.Case(ROWS["mish"], "forward", False, torch.float16)
+    variant = compare_instructions.KernelVariant(ROWS["mish"], "forward", False, torch.float16)
     code = [Instruction(0, "", "STG.E.128", ""), Instruction(1024, "", "EXIT", "")]
     code[1:1] = [Instruction(16 * i, "", "MUFU.EX2", "") for i in range(1, 63)]
     kernel = Kernel("", code, 32, 256, torch.float16)
-    row = compare_instructions.row("cuda", "", 90, compare_instructions.GPUS[90], case, kernel)
+    row = compare_instructions.row("cuda", "", 90, compare_instructions.GPUS[90], variant, kernel)
     assert row["predicted_share"] == pytest.approx(31.1 / 8 / (62 / 8), rel=0.002)
 
 
@@ -410,8 +410,7 @@ def test_what_is_missing_is_said(monkeypatch, tmp_path, capsys):
 def test_without_cuobjdump(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(machine_code.shutil, "which", lambda name, path=None: None)
     monkeypatch.setattr(compare_instructions, "extension", lambda: tmp_path)
-    monkeypatch.setattr(compare_instructions, "CASES", [])
-    monkeypatch.setattr(compare_instructions, "MATRIX_CASES", [])
+    monkeypatch.setattr(compare_instructions, "VARIANTS", [])
     assert exit_code(monkeypatch, "--capabilities", 90, "--results", tmp_path) == 2
     assert "cuobjdump is neither in the triton wheel nor on PATH" in capsys.readouterr().err
 
@@ -425,7 +424,7 @@ def test_what_is_there_is_shown(monkeypatch, tmp_path, capsys):
     assert printed.err.count("\n") == 1
     with (tmp_path / "ours.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
-    assert len(rows) == len(compare_instructions.CASES) + len(compare_instructions.MATRIX_CASES)
+    assert len(rows) == len(compare_instructions.VARIANTS)
     assert {row["provider"] for row in rows} == {"cuda"}
     assert {float(row["bandwidth"]) for row in rows} == {2e12}
     assert "relu6 forward with mask, bfloat16" in printed.out
