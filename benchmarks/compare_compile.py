@@ -49,8 +49,8 @@ SECONDS = 0.01  # of one turn
 
 
 @dataclasses.dataclass(frozen=True)
-class Case:
-    """The same code twice.
+class CompiledPair:
+    """Code with fused_act beside the same code with torch's own.
 
     Args:
         ours, torchs: `f(x) -> y` with fused_act, and with torch's own.
@@ -65,7 +65,7 @@ class Case:
     inputs: tuple[Sequence[Tensor], Sequence[Tensor]]
 
 
-def elementwise_cases(dtype: torch.dtype, numel: int) -> Iterator[Case]:
+def elementwise_pairs(dtype: torch.dtype, numel: int) -> Iterator[CompiledPair]:
     x, w, b, s = (torch.randn(numel, dtype=dtype, device=DEVICE) for _ in range(4))
     x.requires_grad_()
 
@@ -73,16 +73,18 @@ def elementwise_cases(dtype: torch.dtype, numel: int) -> Iterator[Case]:
         return f(x * w + b) * s
 
     for function, (ours, torchs) in FUNCTIONS.items():
-        yield Case(function, "alone", ours, torchs, x, ([x], [x]))
-        yield Case(function, "chain", partial(chain, ours), partial(chain, torchs), x, ([x], [x]))
+        yield CompiledPair(function, "alone", ours, torchs, x, ([x], [x]))
+        yield CompiledPair(
+            function, "chain", partial(chain, ours), partial(chain, torchs), x, ([x], [x])
+        )
 
 
-def network_cases(dtype: torch.dtype) -> Iterator[Case]:
+def network_pairs(dtype: torch.dtype) -> Iterator[CompiledPair]:
     x = torch.randn(IMAGES, dtype=dtype, device=DEVICE)
     for function, modules in MODULES.items():
         ours, torchs = (digits_network(module).to(DEVICE, dtype) for module in modules)
         parameters = list(ours.parameters()), list(torchs.parameters())
-        yield Case(function, "network", ours, torchs, x, parameters)
+        yield CompiledPair(function, "network", ours, torchs, x, parameters)
 
 
 def prepared(
@@ -96,21 +98,21 @@ def prepared(
     return lambda: torch.autograd.grad(compiled(x), inputs, grad_output)
 
 
-def measure(case: Case, direction: str, rounds: int) -> dict:
+def measure(pair: CompiledPair, direction: str, rounds: int) -> dict:
     torch.compiler.reset()
-    torchs = prepared(case.torchs, case.x, case.inputs[1], direction)
+    torchs = prepared(pair.torchs, pair.x, pair.inputs[1], direction)
     calls = {
-        "ours": prepared(case.ours, case.x, case.inputs[0], direction),
+        "ours": prepared(pair.ours, pair.x, pair.inputs[0], direction),
         "torch": torchs,
         "torch again": torchs,
     }
     times = timing.interleaved(calls, rounds, SECONDS)
     return {
-        "function": case.function,
-        "case": case.name,
-        "dtype": providers.dtype_name(case.x.dtype),
+        "function": pair.function,
+        "case": pair.name,
+        "dtype": providers.dtype_name(pair.x.dtype),
         "direction": direction,
-        "numel": case.x.numel(),
+        "numel": pair.x.numel(),
         "ours_ms": 1000 * times["ours"],
         "torch_ms": 1000 * times["torch"],
         "ratio": times["ours"] / times["torch"],
@@ -155,12 +157,12 @@ def parse_arguments() -> argparse.Namespace:
 
 def measure_all(arguments: argparse.Namespace) -> Iterator[dict]:
     for dtype in (DTYPES[name] for name in arguments.dtypes):
-        cases = elementwise_cases(dtype, arguments.numel)
+        pairs = elementwise_pairs(dtype, arguments.numel)
         if arguments.network:
-            cases = itertools.chain(cases, network_cases(dtype))
-        for case, direction in itertools.product(cases, DIRECTIONS):
-            print(case.function, case.name, dtype, direction, file=sys.stderr)
-            yield measure(case, direction, arguments.rounds)
+            pairs = itertools.chain(pairs, network_pairs(dtype))
+        for pair, direction in itertools.product(pairs, DIRECTIONS):
+            print(pair.function, pair.name, dtype, direction, file=sys.stderr)
+            yield measure(pair, direction, arguments.rounds)
 
 
 def main() -> list[dict]:

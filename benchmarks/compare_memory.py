@@ -19,7 +19,7 @@ and backward. ms is such a step of a network; all take turns.
 
 rematerialize and rematerialize-norm are fused_act's block of that name, without and with `norm`,
 around forward. checkpoint is `torch.utils.checkpoint` of every layer of the network. Compiled code
-is not repeated in place, as the compiler makes the same of both; it compiles the whole case.
+is not repeated in place, as the compiler makes the same of both; it compiles the whole model.
 """
 
 from __future__ import annotations
@@ -79,21 +79,28 @@ def conv_act_conv(activation: Callable[[], nn.Module]) -> nn.Sequential:
 
 
 @dataclasses.dataclass(frozen=True)
-class Case:
+class Model:
+    """What an activation is measured in: itself alone, between two layers, or a network.
+
+    Args:
+        build: makes it of what makes its activations.
+        shape: that of its input.
+    """
+
     build: Callable[[Callable[[], nn.Module]], nn.Module]
     shape: tuple[int, ...]
     is_network: bool = True
 
 
-CASES = {
-    "alone": Case(Alone, SHAPE, is_network=False),
-    "conv-act-conv": Case(conv_act_conv, SHAPE, is_network=False),
-    "conv-act stack": Case(partial(networks.stack, norm=False), IMAGES),
-    "conv-norm-act stack": Case(partial(networks.stack, norm=True), IMAGES),
-    "mobilenet_v2": Case(networks.digits_network, IMAGES),
-    "csp": Case(networks.csp_network, IMAGES),
-    "efficientnet": Case(networks.efficientnet, IMAGES),
-    "swiglu": Case(networks.swiglu_mlp, TOKENS),
+MODELS = {
+    "alone": Model(Alone, SHAPE, is_network=False),
+    "conv-act-conv": Model(conv_act_conv, SHAPE, is_network=False),
+    "conv-act stack": Model(partial(networks.stack, norm=False), IMAGES),
+    "conv-norm-act stack": Model(partial(networks.stack, norm=True), IMAGES),
+    "mobilenet_v2": Model(networks.digits_network, IMAGES),
+    "csp": Model(networks.csp_network, IMAGES),
+    "efficientnet": Model(networks.efficientnet, IMAGES),
+    "swiglu": Model(networks.swiglu_mlp, TOKENS),
 }
 
 
@@ -123,14 +130,14 @@ class Contender:
     inplace: bool
     method: str
 
-    def can(self, activation: Elementwise, case: Case, compile_networks: bool) -> bool:
+    def can(self, activation: Elementwise, model: Model, compile_networks: bool) -> bool:
         if self.provider.function(activation, self.inplace) is None:
             return False
         if self.provider.compiles:
-            asked = compile_networks or not case.is_network
+            asked = compile_networks or not model.is_network
             return asked and not self.inplace and not self.method
         if self.method == "checkpoint":
-            asked = case.is_network and not INTERPRET  # which allocates, too
+            asked = model.is_network and not INTERPRET  # which allocates, too
             return asked and self.provider.name == "aten" and not self.inplace
         return not self.method or (self.provider.is_ours and not self.inplace)
 
@@ -203,36 +210,36 @@ def kept_by(node: Node) -> Iterator[Tensor]:
                 yield tensor
 
 
-def activation_numel(case: Case) -> int:
-    """The elements that all activations of a case compute."""
+def activation_numel(model: Model) -> int:
+    """The elements that all activations of a model compute."""
     numels = []
 
     def count(x: Tensor) -> Tensor:
         numels.append(x.numel())
         return x
 
-    case.build(lambda: Call(count))(torch.zeros(case.shape))
+    model.build(lambda: Call(count))(torch.zeros(model.shape))
     return sum(numels)
 
 
 class Run:
-    """A contender in a case, ready to run."""
+    """A contender's activation in a model, ready to run."""
 
     def __init__(
-        self, contender: Contender, activation: Elementwise, dtype: torch.dtype, case: Case
+        self, contender: Contender, activation: Elementwise, dtype: torch.dtype, model: Model
     ):
-        self.contender, self.case = contender, case
+        self.contender = contender
         provider = contender.provider
         torch.manual_seed(0)
-        x = torch.randn(case.shape, dtype=dtype, device=DEVICE)
+        x = torch.randn(model.shape, dtype=dtype, device=DEVICE)
         # The layout that Inductor gives convolutions; it would save a converted copy of the input.
         layout = torch.channels_last if x.dim() == 4 else torch.contiguous_format
-        self.x = x.to(memory_format=layout).requires_grad_(not case.is_network)
+        self.x = x.to(memory_format=layout).requires_grad_(not model.is_network)
         function = provider.function(activation, contender.inplace)
-        module = case.build(lambda: Call(function)).to(DEVICE, dtype, memory_format=layout)
-        self.parameters = [*module.parameters(), *([] if case.is_network else [self.x])]
+        module = model.build(lambda: Call(function)).to(DEVICE, dtype, memory_format=layout)
+        self.parameters = [*module.parameters(), *([] if model.is_network else [self.x])]
         self.not_counted = [*module.parameters(), *module.buffers()]
-        if case is not CASES["alone"]:  # there compiled code drops the clone and saves x instead
+        if model is not MODELS["alone"]:  # there compiled code drops the clone and saves x instead
             self.not_counted.append(self.x)
         wrap, self.block = METHODS[contender.method]
         self.module = provider.prepare(wrap(module))
@@ -268,9 +275,9 @@ class Run:
 def rows_of(
     activation: Elementwise, dtype: str, name: str, contenders: list[Contender]
 ) -> list[dict]:
-    """The rows of one case: bytes for each element that an activation computes, and times."""
-    case = CASES[name]
-    numel = activation_numel(case)
+    """The rows of one model: bytes for each element that an activation computes, and times."""
+    model = MODELS[name]
+    numel = activation_numel(model)
     rows, runs = {}, {}
     for contender in contenders:
         rows[contender] = {
@@ -284,14 +291,14 @@ def rows_of(
             **dict.fromkeys(("saved_bytes", *KINDS, "peak_bytes", "ms", "error"), ""),
         }
         try:
-            run = Run(contender, activation, DTYPES[dtype], case)
+            run = Run(contender, activation, DTYPES[dtype], model)
             figures = run.bytes()
         except Exception as error:
             rows[contender]["error"] = providers.error_text(error)
             continue
         rows[contender] |= {column: bytes_ / numel for column, bytes_ in figures.items()}
         runs[contender] = run.step
-    if case.is_network and not INTERPRET:
+    if model.is_network and not INTERPRET:
         turn = timing.gpu_turn if ON_GPU else timing.cpu_turn
         for contender, seconds in timing.interleaved(runs, ROUNDS, SECONDS, turn).items():
             rows[contender]["ms"] = 1000 * seconds
@@ -299,14 +306,14 @@ def rows_of(
 
 
 def measure_all(arguments: argparse.Namespace, compared: list[Provider]) -> Iterator[dict]:
-    cases = list(itertools.product(arguments.activations, arguments.dtypes, CASES))
+    cases = list(itertools.product(arguments.activations, arguments.dtypes, MODELS))
     for activation, dtype, name in environment.progress(cases, len(cases)):
         contenders = [
             contender
             for contender in itertools.starmap(
                 Contender, itertools.product(compared, (False, True), METHODS)
             )
-            if contender.can(activation, CASES[name], arguments.compile_networks)
+            if contender.can(activation, MODELS[name], arguments.compile_networks)
         ]
         yield from rows_of(activation, dtype, name, contenders)
 

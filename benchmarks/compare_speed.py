@@ -81,8 +81,8 @@ LAYOUTS = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Case:
-    """What everyone who is compared computes."""
+class Workload:
+    """What all providers compute, so that their times can be compared."""
 
     activation: Elementwise
     dtype: str
@@ -232,7 +232,10 @@ def offers(kernels: Kernels, direction: str) -> bool:
 
 
 def contenders(
-    case: Case, direction: str, functions: dict[Provider, Callable | None], launches: Sequence[str]
+    workload: Workload,
+    direction: str,
+    functions: dict[Provider, Callable | None],
+    launches: Sequence[str],
 ) -> list[Contender]:
     """All that are timed in one direction, and the copies of as many bytes.
 
@@ -241,11 +244,11 @@ def contenders(
     """
     found = []
     for provider, function in functions.items():
-        kernels = provider.kernels(case.activation) if provider.kernels else None
+        kernels = provider.kernels(workload.activation) if provider.kernels else None
         has_mask = kernels is not None and kernels.forward_with_mask is not None
-        bytes_ = bytes_moved(direction, DTYPES[case.dtype], case.numel(), has_mask)
+        bytes_ = bytes_moved(direction, DTYPES[workload.dtype], workload.numel(), has_mask)
         if kernels is not None and offers(kernels, direction):
-            parameters = providers.parameters(case.activation)
+            parameters = providers.parameters(workload.activation)
             make = partial(kernel_call, kernels, parameters, direction)
             found += [Contender(provider, "kernel", launch, bytes_, make) for launch in launches]
         if function is not None:
@@ -262,9 +265,9 @@ def contenders(
 
 
 def measure(
-    case: Case, compared: Sequence[Provider], method: Method, skipped: str = ""
+    workload: Workload, compared: Sequence[Provider], method: Method, skipped: str = ""
 ) -> Iterator[dict]:
-    """One row for each contender in each direction of `case`.
+    """One row for each contender in each direction of `workload`.
 
     Args:
         skipped: why nothing is to be measured, if so.
@@ -272,7 +275,7 @@ def measure(
     tensors = ()
     if not skipped:
         try:
-            tensors = case.tensor(), case.tensor()
+            tensors = workload.tensor(), workload.tensor()
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
@@ -280,11 +283,11 @@ def measure(
     torch.compiler.reset()  # compiled code shares one cache, which after 8 entries is not used
     functions = {}
     for provider in compared:
-        function = provider.function(case.activation, False)
+        function = provider.function(workload.activation, False)
         functions[provider] = function and provider.compile(function)
-    launches = [name for name in method.turns if name != "graph" or case.numel() <= SMALL]
-    for direction in case.directions():
-        found = contenders(case, direction, functions, launches)
+    launches = [name for name in method.turns if name != "graph" or workload.numel() <= SMALL]
+    for direction in workload.directions():
+        found = contenders(workload, direction, functions, launches)
         if skipped:
             found = [dataclasses.replace(one, skipped=skipped) for one in found]
         else:
@@ -298,19 +301,19 @@ def measure(
         }
         clocks = environment.clocks()
         for one in found:
-            yield row(case, direction, one, copies.get((one.launch, one.bytes))) | clocks
+            yield row(workload, direction, one, copies.get((one.launch, one.bytes))) | clocks
 
 
-def row(case: Case, direction: str, contender: Contender, copy: float | None) -> dict:
+def row(workload: Workload, direction: str, contender: Contender, copy: float | None) -> dict:
     """Args: copy: the median of the copy of as many bytes, in ms."""
     times = contender.times() if contender.samples else None
     return {
         "provider": contender.provider.name,
-        "activation": case.activation.name,
-        "dtype": case.dtype,
+        "activation": workload.activation.name,
+        "dtype": workload.dtype,
         "direction": direction,
-        "layout": case.layout,
-        "numel": case.numel(),
+        "layout": workload.layout,
+        "numel": workload.numel(),
         "api": contender.api,
         "launch": contender.launch,
         **dict(zip(("median", "q20", "q80"), times or ("", "", ""))),
@@ -324,10 +327,10 @@ def row(case: Case, direction: str, contender: Contender, copy: float | None) ->
     }
 
 
-def reason_to_skip(case: Case, deadline: float) -> str:
+def reason_to_skip(workload: Workload, deadline: float) -> str:
     if time.monotonic() > deadline:
         return "over the time limit"
-    needed, there = (bytes_ / 2**30 for bytes_ in (TENSORS * case.bytes(), memory_bytes()))
+    needed, there = (bytes_ / 2**30 for bytes_ in (TENSORS * workload.bytes(), memory_bytes()))
     if needed > there:
         return f"over the cap: {TENSORS} such tensors take {needed:.0f} of {there:.0f} GiB"
     return ""
@@ -378,13 +381,13 @@ def grid(arguments: argparse.Namespace) -> list[tuple[str, int, str]]:
 
 
 def measure_all(
-    cases: Sequence[Case], compared: Sequence[Provider], method: Method, time_limit: float
+    workloads: Sequence[Workload], compared: Sequence[Provider], method: Method, time_limit: float
 ) -> Iterator[dict]:
     deadline = time.monotonic() + time_limit
     # Graphs are kept, which compiled code that reuses its saved buffers would not allow.
     with torch._functorch.config.patch(donated_buffer=False):
-        for case in environment.progress(cases, len(cases)):
-            yield from measure(case, compared, method, reason_to_skip(case, deadline))
+        for workload in environment.progress(workloads, len(workloads)):
+            yield from measure(workload, compared, method, reason_to_skip(workload, deadline))
 
 
 def comparison(row: dict) -> tuple:
@@ -539,10 +542,12 @@ def main() -> list[dict]:
         method = Method(turns, rounds=5 if arguments.quick else 9, seconds=0.005)
     print(BYTES)
     torch.manual_seed(0)
-    cases = [
-        Case(activation, *what) for what in grid(arguments) for activation in arguments.activations
+    workloads = [
+        Workload(activation, *what)
+        for what in grid(arguments)
+        for activation in arguments.activations
     ]
-    found = measure_all(cases, compared, method, arguments.time_limit)
+    found = measure_all(workloads, compared, method, arguments.time_limit)
     rows = environment.write_csv(arguments.results / "speed.csv", found)
     print_results(rows)
     print_verdicts(rows)

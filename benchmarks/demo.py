@@ -47,7 +47,7 @@ OWN, COMPILED, COMPILED_OWN = "torch's own op", "compiled fused_act", "compiled 
 
 
 @dataclasses.dataclass(frozen=True)
-class Case:
+class Activation:
     """One activation: fused_act's, torch's own, and the formula as it is typed without them."""
 
     name: str
@@ -60,8 +60,8 @@ class Case:
     window: tuple[float, float, float, float]  # of its picture: left, right, bottom, top
 
 
-CASES = (
-    Case(
+ACTIVATIONS = (
+    Activation(
         name="ReLU6",
         formula=r"$\min(\max(x, 0), 6)$",
         function=fused_act.relu6,
@@ -71,7 +71,7 @@ CASES = (
         color=BLUE,
         window=(-4, 10, -0.7, 7),
     ),
-    Case(
+    Activation(
         name="Swish",
         formula=r"$x\,\mathrm{sigmoid}(x)$",
         function=fused_act.swish,
@@ -81,7 +81,7 @@ CASES = (
         color=VERMILLION,
         window=(-5, 3, -0.7, 3),
     ),
-    Case(
+    Activation(
         name="Mish",
         formula=r"$x\,\tanh(\mathrm{softplus}(x))$",
         function=fused_act.mish,
@@ -98,17 +98,19 @@ Twins = dict[str, Training]  # whose activation modules, "torch" or "fused_act" 
 Trained = dict[str, list[Twins]]  # activation -> the twins of each seed
 
 
-def twin_networks(case: Case, seed: int, device: torch.device) -> dict[str, nn.Module]:
+def twin_networks(activation: Activation, seed: int, device: torch.device) -> dict[str, nn.Module]:
     """A network with torch's modules and its copy with fused ones: the same weights in both."""
     torch.manual_seed(seed)
-    network = digits_network(case.torch_module).to(device, memory_format=torch.channels_last)
+    network = digits_network(activation.torch_module).to(device, memory_format=torch.channels_last)
     fused_network = fused_act.replace_activations(copy.deepcopy(network))
     return {"torch": network, "fused_act": fused_network}
 
 
-def train_twins(case: Case, seed: int, epochs: int, digits: Digits, progress: tqdm) -> Twins:
+def train_twins(
+    activation: Activation, seed: int, epochs: int, digits: Digits, progress: tqdm
+) -> Twins:
     """Train both networks, taking turns at each step: a busy machine slows both alike."""
-    networks = twin_networks(case, seed, digits.device)
+    networks = twin_networks(activation, seed, digits.device)
     steps = epochs * digits.steps_per_epoch
     twins = {modules: Training(network, steps) for modules, network in networks.items()}
     turns = list(twins.values())
@@ -124,47 +126,49 @@ def train_twins(case: Case, seed: int, epochs: int, digits: Digits, progress: tq
     return twins
 
 
-def require_equal_losses(case: Case, seed: int, twins: Twins) -> None:
+def require_equal_losses(activation: Activation, seed: int, twins: Twins) -> None:
     """On a CPU the fused modules promise torch's own bits; end the program if they differ."""
     pairs = zip(twins["fused_act"].losses, twins["torch"].losses)
     for step, (fused, own) in enumerate(pairs):
         if fused != own:
             sys.exit(
                 "demo: FAILED: on a CPU every loss must be torch's own, but that of "
-                f"{case.name}, seed {seed}, step {step} is {fused!r} with fused_act's modules and "
-                f"{own!r} with torch's."
+                f"{activation.name}, seed {seed}, step {step} is {fused!r} with fused_act's "
+                f"modules and {own!r} with torch's."
             )
 
 
 def train_all(digits: Digits, epochs: int, seeds: int) -> Trained:
     trained = {}
-    with tqdm(total=len(CASES) * seeds * epochs, unit="epoch", leave=False) as progress:
-        for case in CASES:
-            trained[case.name] = []
+    with tqdm(total=len(ACTIVATIONS) * seeds * epochs, unit="epoch", leave=False) as progress:
+        for activation in ACTIVATIONS:
+            trained[activation.name] = []
             for seed in range(seeds):
-                progress.set_description(f"training with {case.name}, seed {seed}")
-                twins = train_twins(case, seed, epochs, digits, progress)
+                progress.set_description(f"training with {activation.name}, seed {seed}")
+                twins = train_twins(activation, seed, epochs, digits, progress)
                 if digits.device.type == "cpu":
-                    require_equal_losses(case, seed, twins)
-                trained[case.name].append(twins)
+                    require_equal_losses(activation, seed, twins)
+                trained[activation.name].append(twins)
     return trained
 
 
-def training_row(case: Case, modules: str, trained: Trained, megabytes: float) -> tuple[str, ...]:
-    runs = [twins[modules] for twins in trained[case.name]]
+def training_row(
+    activation: Activation, modules: str, trained: Trained, megabytes: float
+) -> tuple[str, ...]:
+    runs = [twins[modules] for twins in trained[activation.name]]
     accuracies = [run.accuracies[-1] for run in runs]
     spread = statistics.stdev(accuracies) if len(runs) > 1 else 0.0
     milliseconds = statistics.median(ms for run in runs for ms in run.milliseconds)
     accuracy = f"{statistics.mean(accuracies):.2f} ± {spread:.2f}"
-    return case.name, modules, accuracy, f"{milliseconds:.2f}", f"{megabytes:.2f}"
+    return activation.name, modules, accuracy, f"{milliseconds:.2f}", f"{megabytes:.2f}"
 
 
 def training_table(trained: Trained, digits: Digits) -> str:
     batch = digits.train_images[:BATCH_SIZE], digits.train_labels[:BATCH_SIZE]
     rows = [
-        training_row(case, modules, trained, saved_megabytes(network, *batch))
-        for case in CASES
-        for modules, network in twin_networks(case, 0, digits.device).items()
+        training_row(activation, modules, trained, saved_megabytes(network, *batch))
+        for activation in ACTIVATIONS
+        for modules, network in twin_networks(activation, 0, digits.device).items()
     ]
     headers = (
         "activation",
@@ -208,16 +212,16 @@ def write_csv(path: Path, trained: Trained) -> None:
                         writer.writerow((*row, f"{accuracy:.2f}"))
 
 
-def function_and_derivative(case: Case, device: torch.device) -> tuple[np.ndarray, ...]:
-    left, right, *_ = case.window
+def function_and_derivative(activation: Activation, device: torch.device) -> tuple[np.ndarray, ...]:
+    left, right, *_ = activation.window
     x = torch.linspace(left, right, 4001, device=device, requires_grad=True)
-    y = case.function(x)
+    y = activation.function(x)
     (derivative,) = torch.autograd.grad(y.sum(), x)
     return tuple(tensor.detach().cpu().numpy() for tensor in (x, y, derivative))
 
 
-def draw_case(axes: Axes, case: Case, device: torch.device) -> None:
-    x, y, derivative = function_and_derivative(case, device)
+def draw_activation(axes: Axes, activation: Activation, device: torch.device) -> None:
+    x, y, derivative = function_and_derivative(activation, device)
     jumps = np.flatnonzero(np.abs(np.diff(derivative)) > 0.5)
     axes.vlines(x[jumps], 0, 1, color=VERMILLION, linewidth=0.8, linestyles="dotted")
     # A point without a value parts the line, which would join the sides of a jump by a slope.
@@ -225,9 +229,9 @@ def draw_case(axes: Axes, case: Case, device: torch.device) -> None:
     axes.plot(x, y, color=BLUE, linewidth=1.8, label="function")
     dashes = (0, (4, 1.5))
     axes.plot(x, derivative, color=VERMILLION, linewidth=1.8, linestyle=dashes, label="derivative")
-    left, right, bottom, top = case.window
+    left, right, bottom, top = activation.window
     axes.set(xlim=(left, right), ylim=(bottom, top))
-    axes.set_title(f"{case.name}: {case.formula}")
+    axes.set_title(f"{activation.name}: {activation.formula}")
     axes.xaxis.set_major_locator(MultipleLocator(2))
     axes.yaxis.set_major_locator(MultipleLocator(1))
     pictures.axes_through_origin(axes)
@@ -236,8 +240,8 @@ def draw_case(axes: Axes, case: Case, device: torch.device) -> None:
 def draw_curves(device: torch.device) -> Figure:
     """Each activation and its derivative as autograd gives it, on axes through the origin."""
     figure = Figure(figsize=(8, 3), layout="constrained")
-    for axes, case in zip(figure.subplots(1, len(CASES)), CASES):
-        draw_case(axes, case, device)
+    for axes, activation in zip(figure.subplots(1, len(ACTIVATIONS)), ACTIVATIONS):
+        draw_activation(axes, activation, device)
     handles = figure.axes[0].get_lines()[:2]
     figure.legend(handles=handles, loc="outside lower center", ncols=2, frameon=False)
     return figure
@@ -247,9 +251,9 @@ def draw_training(trained: Trained) -> Figure:
     """The fused networks: the mean over the seeds, in a band from the least to the greatest."""
     figure = Figure(figsize=(8, 3.2), layout="constrained")
     loss_axes, accuracy_axes = figure.subplots(1, 2)
-    for case in CASES:
-        runs = [twins["fused_act"] for twins in trained[case.name]]
-        line = {"color": case.color, "label": case.name, "linewidth": 1.8}
+    for activation in ACTIVATIONS:
+        runs = [twins["fused_act"] for twins in trained[activation.name]]
+        line = {"color": activation.color, "label": activation.name, "linewidth": 1.8}
         pictures.mean_and_range(loss_axes, np.array([run.epoch_losses() for run in runs]), **line)
         pictures.mean_and_range(accuracy_axes, np.array([run.accuracies for run in runs]), **line)
     loss_axes.set(title="Training loss", xlabel="epoch", yscale="log")
@@ -274,19 +278,22 @@ def timed_backends() -> list[str]:
     return [name for name in available if not (name == "triton" and INTERPRET)]
 
 
-def contenders(case: Case, x: Tensor, failures: set[str]) -> list[Contender]:
-    """All that can compute `case`; why one does not compile is added to `failures`."""
-    found = [Contender(OWN, case.torch_function)]
+def contenders(activation: Activation, x: Tensor, failures: set[str]) -> list[Contender]:
+    """All that can compute `activation`; why one does not compile is added to `failures`."""
+    found = [Contender(OWN, activation.torch_function)]
     for backend in timed_backends():
-        found.append(Contender(f"fused_act, backend {backend!r}", case.function, backend))
-    for name, function in ((COMPILED, case.function), (COMPILED_OWN, case.torch_function)):
+        found.append(Contender(f"fused_act, backend {backend!r}", activation.function, backend))
+    for name, function in (
+        (COMPILED, activation.function),
+        (COMPILED_OWN, activation.torch_function),
+    ):
         compiled = torch.compile(function)
         reason = reason_not_to_compile(compiled, x)
         if reason is None:
             found.append(Contender(name, compiled))
         else:
             failures.add(reason)
-    found.append(Contender("naive formula", case.naive))
+    found.append(Contender("naive formula", activation.naive))
     return found
 
 
@@ -329,12 +336,12 @@ def measure_all(device: torch.device, failures: set[str]) -> dict[str, dict[str,
     numel, dtype = TIMED[device.type]
     x = torch.randn(numel, device=device).to(dtype)
     columns = {}
-    with tqdm(total=len(CASES), unit="activation", leave=False) as progress:
-        for case in CASES:
-            progress.set_description(f"compiling and timing {case.name}")
-            candidates = contenders(case, x, failures)
+    with tqdm(total=len(ACTIVATIONS), unit="activation", leave=False) as progress:
+        for activation in ACTIVATIONS:
+            progress.set_description(f"compiling and timing {activation.name}")
+            candidates = contenders(activation, x, failures)
             for direction in DIRECTIONS:
-                columns[f"{case.name}\n{direction}"] = measure(x, direction, candidates)
+                columns[f"{activation.name}\n{direction}"] = measure(x, direction, candidates)
             progress.update()
     return columns
 
@@ -363,7 +370,7 @@ def missing_kernels(device: torch.device, has_compiled: bool) -> list[str]:
 
 def summary(device: torch.device, pairs: int, results: Path) -> str:
     return (
-        f"Trained {pairs} pairs of networks and timed {len(CASES)} activations on "
+        f"Trained {pairs} pairs of networks and timed {len(ACTIVATIONS)} activations on "
         f"{device_name(device)} with torch {torch.__version__}; the pictures are "
         f"{results / 'curves.png'} and {results / 'demo.png'}."
     )

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from benchmarks import compare_memory, compare_speed, environment, providers, timing
-from benchmarks.compare_speed import Case, Method
+from benchmarks.compare_speed import Method, Workload
 from benchmarks.providers import DTYPES, PROVIDERS, Provider
 from fused_act.activations import FAMILIES, ROWS
 from fused_act.backends.triton import INTERPRET
@@ -245,14 +245,14 @@ class Clock:
 
 
 CLOCK = Clock()
-SMALL = Case(ROWS["mish"], "fp32", 2**10, "contiguous")
+SMALL = Workload(ROWS["mish"], "fp32", 2**10, "contiguous")
 
 
-def measure(functions, case=SMALL, launches=("call",), direction="forward", **options):
+def measure(functions, workload=SMALL, launches=("call",), direction="forward", **options):
     """The rows of one direction by provider, the clock replaced."""
     compared = [provider(name, function) for name, function in functions.items()]
     method = Method(dict.fromkeys(launches, CLOCK.turn), 3, 0.001)
-    rows = compare_speed.measure(case, compared, method, **options)
+    rows = compare_speed.measure(workload, compared, method, **options)
     return {row["provider"]: row for row in rows if row["direction"] == direction}
 
 
@@ -317,7 +317,7 @@ def test_small_tensors_run_in_graphs_too_but_not_backward_through_autograd():
         numel: {
             (row["provider"], row["api"], row["direction"])
             for row in compare_speed.measure(
-                Case(ROWS["mish"], "fp32", numel, "contiguous"), [ATEN], method
+                Workload(ROWS["mish"], "fp32", numel, "contiguous"), [ATEN], method
             )
             if row["launch"] == "graph"
         }
@@ -366,9 +366,9 @@ def test_kernels_and_public_functions_compute_what_they_are_timed_for(activation
 @pytest.mark.parametrize("layout", compare_speed.LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_layouts(layout, dtype):
-    case = Case(ROWS["relu6"], dtype, 2**10, layout)
-    x = case.tensor("cpu")
-    assert (x.dtype, x.numel()) == (DTYPES[dtype], case.numel())
+    workload = Workload(ROWS["relu6"], dtype, 2**10, layout)
+    x = workload.tensor("cpu")
+    assert (x.dtype, x.numel()) == (DTYPES[dtype], workload.numel())
     assert x.float().std() > 0.5  # all of it is drawn
     assert x.is_contiguous() == (layout != "channels_last")
     assert layout != "channels_last" or x.is_contiguous(memory_format=torch.channels_last)
@@ -734,7 +734,7 @@ def test_memory_of_a_stack(monkeypatch):
         for method in compare_memory.METHODS
     ]
     contenders = [
-        each for each in contenders if each.can(ROWS["mish"], compare_memory.CASES[name], False)
+        each for each in contenders if each.can(ROWS["mish"], compare_memory.MODELS[name], False)
     ]
     rows = {
         (row["provider"], row["method"]): row
@@ -793,7 +793,9 @@ def test_all_that_can_be_drawn_is_drawn(plots, monkeypatch, tmp_path, capsys):
 
 def test_without_matplotlib_pictures_are_refused(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    monkeypatch.delitem(sys.modules, "benchmarks.plot_results", raising=False)
+    for name in ("benchmarks.plot_results", "benchmarks.pictures"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+        monkeypatch.delattr(name, raising=False)
     with pytest.raises(SystemExit) as ended:
         runpy.run_module("benchmarks.plot_results", run_name="__main__")
     assert ended.value.code == 2
