@@ -22,21 +22,20 @@ TRITON ?= triton==3.7.1
 # The oldest that is supported: everything compiles with it, too.
 TRITON_OLDEST ?= triton==3.6.0
 CSRC := $(wildcard csrc/*)
-# What takes long and matters most comes first, and the pictures last. compare_instructions is run by
-# hand: it takes minutes to compile, and says the same everywhere.
-COMPARISONS := compare_speed $(filter-out compare_speed compare_instructions, \
-	$(basename $(notdir $(wildcard benchmarks/compare_*.py)))) plot_results plot_activations
+# What takes long and matters most comes first, and the pictures last. The command `instructions` is
+# run by hand: it takes minutes to compile, and says the same everywhere.
+COMPARISONS := speed accuracy compile memory overhead training plot activations
 # `make gpu` takes minutes, and small networks on small images do not need a GPU.
-GPU_COMPARISONS := $(filter-out compare_training,$(COMPARISONS))
+GPU_COMPARISONS := $(filter-out training,$(COMPARISONS))
 # On as many cores as there are, up to four: each process imports torch and what goes with it.
 PARALLEL := -n auto --maxprocesses 4 --dist worksteal
 # What runs the Triton kernels in the interpreter, in a process of its own.
-INTERPRETED := $(addprefix tests/test_,$(addsuffix .py,accuracy_kernels autograd benchmarks compiled_derivatives faults kernels layouts mirrored properties rematerialization weighted))
+INTERPRETED := $(addprefix tests/test_,$(addsuffix .py,accuracy_kernels autograd benchmarks_memory benchmarks_speed_command compiled_derivatives faults kernels layouts mirrored properties rematerialization weighted))
 
 .PHONY: demo test mutate gpu sanitize lint bench clean
 
 demo: $(VENV)/demo
-	$(RUN) -m benchmarks.demo
+	$(RUN) -m benchmarks demo
 
 test: $(VENV)/test $(VENV)/triton-oldest $(TIMM_VENV)/test fused_act/_C.abi3.so
 	@status=0; \
@@ -56,12 +55,12 @@ lint: $(VENV)/test
 	$(RUN) -m ruff format --check .
 	$(VENV)/bin/clang-format --dry-run --Werror csrc/* tests/*.cpp tests/*.h
 
-# $(1): scripts, $(2): Python, $(3): options. One that fails keeps none of the others from running;
+# $(1): commands, $(2): Python, $(3): options. One that fails keeps none of the others from running;
 # Ctrl-C does.
 define compare
-	@status=0; for script in $(1); do \
-		echo "python -m benchmarks.$$script $(3)"; \
-		$(2) -m benchmarks.$$script $(3) || { [ $$? = 130 ] && exit 130; status=1; }; \
+	@status=0; for command in $(1); do \
+		echo "python -m benchmarks $$command $(3)"; \
+		$(2) -m benchmarks $$command $(3) || { [ $$? = 130 ] && exit 130; status=1; }; \
 	done; exit $$status
 endef
 

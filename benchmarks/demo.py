@@ -1,6 +1,6 @@
 """A first look at fused_act: train small networks with it, draw its functions, time its backends.
 
-    python -m benchmarks.demo
+    python -m benchmarks demo [--epochs 6] [--seeds 3]
 
 Each network is trained twice from the same start: with torch's own activation modules, and with
 fused_act's in their place. Takes about a minute on a CPU; where a CUDA GPU is, all runs there.
@@ -10,12 +10,11 @@ from __future__ import annotations
 
 import argparse
 import copy
-import csv
 import dataclasses
 import math
 import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -31,9 +30,8 @@ from torch.utils.benchmark import Timer
 from tqdm import tqdm
 
 import fused_act
-from benchmarks import pictures
+from benchmarks import environment, options, pictures
 from benchmarks.digits import BATCH_SIZE, Digits, Training, saved_megabytes
-from benchmarks.environment import default_device, device_name
 from benchmarks.networks import digits_network
 from benchmarks.pictures import BLUE, GREEN, VERMILLION
 from benchmarks.providers import NAIVE
@@ -138,8 +136,8 @@ def require_equal_losses(activation: Activation, seed: int, twins: Twins) -> Non
             )
 
 
-def train_all(digits: Digits, epochs: int, seeds: int) -> Trained:
-    trained = {}
+def train_all(digits: Digits, epochs: int, seeds: int, trained: Trained) -> Iterator[dict]:
+    """Train all twins, put them into `trained`, and give a row for each network and epoch."""
     with tqdm(total=len(ACTIVATIONS) * seeds * epochs, unit="epoch", leave=False) as progress:
         for activation in ACTIVATIONS:
             trained[activation.name] = []
@@ -149,7 +147,16 @@ def train_all(digits: Digits, epochs: int, seeds: int) -> Trained:
                 if digits.device.type == "cpu":
                     require_equal_losses(activation, seed, twins)
                 trained[activation.name].append(twins)
-    return trained
+                for modules, run in twins.items():
+                    for epoch, loss in enumerate(run.epoch_losses()):
+                        yield {
+                            "activation": activation.name,
+                            "modules": modules,
+                            "seed": seed,
+                            "epoch": epoch + 1,
+                            "loss": f"{loss:.6g}",
+                            "accuracy": f"{run.accuracies[epoch]:.2f}",
+                        }
 
 
 def training_row(
@@ -197,19 +204,6 @@ def comparison_of_losses(trained: Trained, device: torch.device) -> str:
         f"The largest difference between a loss with fused_act's modules and the same step's with "
         f"torch's is {largest:.2g}, over {len(pairs):,} steps."
     )
-
-
-def write_csv(path: Path, trained: Trained) -> None:
-    with path.open("w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(("activation", "modules", "seed", "epoch", "loss", "accuracy"))
-        for activation, seeds in trained.items():
-            for seed, twins in enumerate(seeds):
-                for modules, run in twins.items():
-                    for epoch, loss in enumerate(run.epoch_losses()):
-                        accuracy = run.accuracies[epoch]
-                        row = (activation, modules, seed, epoch + 1, f"{loss:.6g}")
-                        writer.writerow((*row, f"{accuracy:.2f}"))
 
 
 def function_and_derivative(activation: Activation, device: torch.device) -> tuple[np.ndarray, ...]:
@@ -371,42 +365,20 @@ def missing_kernels(device: torch.device, has_compiled: bool) -> list[str]:
 def summary(device: torch.device, pairs: int, results: Path) -> str:
     return (
         f"Trained {pairs} pairs of networks and timed {len(ACTIVATIONS)} activations on "
-        f"{device_name(device)} with torch {torch.__version__}; the pictures are "
+        f"{environment.device_name(device)} with torch {torch.__version__}; the pictures are "
         f"{results / 'curves.png'} and {results / 'demo.png'}."
     )
 
 
-def positive_int(text: str) -> int:
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected 1 or more, got {text}")
-    return int(text)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    options.add_results(parser, "demo")
+    options.add_epochs(parser, 6)
+    options.add_seeds(parser)
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--epochs", type=positive_int, default=6, help="passes over the digits (%(default)s)"
-    )
-    parser.add_argument(
-        "--seeds", type=positive_int, default=3, help="runs of each network (%(default)s)"
-    )
-    parser.add_argument(
-        "--results",
-        type=Path,
-        default=Path("benchmarks/results/demo"),
-        metavar="FOLDER",
-        help="where the pictures and the table of all epochs go (%(default)s)",
-    )
-    return parser.parse_args()
-
-
-def main() -> None:
-    arguments = parse_arguments()
+def main(arguments: argparse.Namespace) -> list[dict]:
     results = arguments.results
-    results.mkdir(parents=True, exist_ok=True)
-    device = default_device()
+    device = environment.default_device()
     # The tensors are small: two threads save a third of a step on idle cores, but on busy ones,
     # where each waits for the other to get its turn, a step took 20 times as long.
     torch.set_num_threads(1)
@@ -414,14 +386,16 @@ def main() -> None:
     torch.backends.cudnn.deterministic = True
 
     digits = Digits.load(device)
-    trained = train_all(digits, arguments.epochs, arguments.seeds)
+    trained: Trained = {}
+    rows = environment.write_csv(
+        results / "demo.csv", train_all(digits, arguments.epochs, arguments.seeds, trained)
+    )
     print(
         f"\nA MobileNetV2 of three blocks on {len(digits.train_labels):,} handwritten digits, fp32 "
         f"(epochs: {arguments.epochs}, seeds: {arguments.seeds}, batch size: {BATCH_SIZE})\n"
     )
     print(training_table(trained, digits))
     print(f"\n{comparison_of_losses(trained, device)}")
-    write_csv(results / "demo.csv", trained)
     pictures.save(results / "curves.png", partial(draw_curves, device))
     pictures.save(results / "demo.png", partial(draw_training, trained))
 
@@ -439,7 +413,4 @@ def main() -> None:
     for sentence in missing_kernels(device, has_compiled):
         print(sentence)
     print(summary(device, len(trained) * arguments.seeds, results))
-
-
-if __name__ == "__main__":
-    main()
+    return rows

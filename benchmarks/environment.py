@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import csv
 import datetime
 import functools
@@ -109,17 +108,10 @@ def print_environment() -> None:
     print(", ".join(f"{key} {value}" for key, value in environment().items() if value))
 
 
-def add_results_argument(parser: argparse.ArgumentParser) -> None:
+def device_folder() -> str:
+    """The folder of benchmarks/results for what is measured here."""
     on_cpu = "cpu_interpreter" if INTERPRET else "cpu"
-    folder = re.sub(r"\W+", "-", environment()["gpu"].lower()) or on_cpu
-    parser.add_argument(
-        "--results",
-        type=Path,
-        metavar="FOLDER",
-        default=ROOT / "results" / folder,
-        help="where the CSV file goes; default: benchmarks/results/<name of the GPU, cpu or "
-        "cpu_interpreter>",
-    )
+    return re.sub(r"\W+", "-", environment()["gpu"].lower()) or on_cpu
 
 
 def write_csv(path: Path, rows: Iterable[dict]) -> list[dict]:
@@ -168,7 +160,7 @@ def read_csv(path: Path) -> list[dict[str, str]]:
 
 
 def run(main: Callable[[], Sequence[dict]]) -> NoReturn:
-    """Run a script, which returns its rows, and exit with a status that scripts can use.
+    """Run a command, which returns its rows, and exit with a status that scripts can use.
 
     0: all is well; 1: something failed, as Python and the column `error` say; 2: what was asked for
     cannot be done; 130: interrupted.

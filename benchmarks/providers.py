@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import importlib
 from collections import Counter
@@ -111,24 +110,6 @@ class Provider:
         if self.compiles:
             torch.compiler.reset()
         return self.compile(function)
-
-
-def activation_by_name(name: str) -> Elementwise:
-    activations = {row.name: row for row in FAMILIES["elementwise"]}
-    if name not in activations:
-        raise argparse.ArgumentTypeError(f"expected one of {', '.join(activations)}, got {name!r}")
-    return activations[name]
-
-
-def add_activations_argument(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--activations",
-        type=activation_by_name,
-        nargs="+",
-        metavar="NAME",
-        default=FEATURED,
-        help=f"default: {', '.join(activation.name for activation in FEATURED)}",
-    )
 
 
 def parameters(activation: Elementwise) -> tuple[float, ...]:

@@ -5,6 +5,7 @@ import importlib
 import importlib.util
 import os
 import re
+import signal
 from pathlib import Path
 
 import pytest
@@ -67,6 +68,14 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def ctrl_c():
+    """SIGINT interrupts, as in a shell; a job in the background may have begun with it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(scope="session")

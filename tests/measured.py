@@ -1,7 +1,7 @@
 """What an NVIDIA H200 measured, as tables and sentences of README.md and the pages behind it.
 
 Every figure comes out of a file under benchmarks/results/nvidia-h200. What is quoted of speed.csv
-is what `benchmarks.plot_results.quotable` lets through.
+is what `benchmarks.plot.quotable` lets through.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def percent(share: float) -> str:
 
 def speed(api: str, size: int) -> dict[tuple[str, ...], dict]:
     """Rows of contiguous tensors of so many bytes, by activation, dtype, direction, provider."""
-    from benchmarks.plot_results import quotable, tensor_bytes
+    from benchmarks.plot import quotable, tensor_bytes
 
     return {
         tuple(row[key] for key in ("activation", "dtype", "direction", "provider")): row

@@ -229,7 +229,7 @@ def training() -> str:
     """What each activation brings in training, and what it costs."""
     from tabulate import tabulate
 
-    from benchmarks.compare_training import spread, summaries
+    from benchmarks.training import spread, summaries
 
     measured = rows("cpu/training.csv")
     numbers = ("epoch", "loss", "accuracy", "ms", "saved_mb", "parameters")

@@ -98,7 +98,7 @@ def test_isolated_build(tmp_path):
             "fused_act/families/base.py",
             "fused_act/backends/triton/__init__.py",
         ),
-        *("tests/cases.py", "tests/host_kernels.cpp", "benchmarks/compare_speed.py"),
+        *("tests/cases.py", "tests/host_kernels.cpp", "benchmarks/speed.py"),
     }
     assert not [name for name in names if name.endswith((".so", ".pyc"))]
 

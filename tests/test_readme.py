@@ -86,11 +86,11 @@ def test_a_figure_that_is_typed_in_is_found(figure):
 
 def test_what_must_not_be_quoted_is_not():
     """Rows that the host or the start of a graph bounds are neither drawn nor written anywhere."""
-    plot_results = pytest.importorskip("benchmarks.plot_results")
-    drawn = plot_results.drawn(readme.rows("nvidia-h200/speed.csv"))
+    plot = pytest.importorskip("benchmarks.plot", reason="needs matplotlib")
+    drawn = plot.drawn(readme.rows("nvidia-h200/speed.csv"))
     assert len(drawn) > 100
     assert {(row["api"], row["launch"]) for row in drawn} == {("kernel", "call")}
-    assert min(map(plot_results.numel, drawn)) > 2**22
+    assert min(map(plot.numel, drawn)) > 2**22
     for api, size in (("kernel", readme.measured.LARGE), ("public", readme.measured.LARGEST)):
         quoted = readme.measured.speed(api, size).values()
         assert {row["launch"] for row in quoted} == {"call"}

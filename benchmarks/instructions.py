@@ -1,6 +1,6 @@
 """Instructions, registers and accesses of every kernel, and the share of memory speed they allow.
 
-    python -m benchmarks.compare_instructions [--capabilities 90 100] [--libtorch-cuda PATH]
+    python -m benchmarks instructions [--capabilities 90 100] [--libtorch-cuda PATH]
 
 All is read in machine code; no GPU is needed. Ours are the Triton kernels, compiled ahead of time,
 and those of the built extension; ATen's come out of the libtorch_cuda.so of a CUDA build of torch.
@@ -22,6 +22,7 @@ import argparse
 import functools
 import importlib.util
 import itertools
+import math
 import re
 import sys
 from collections.abc import Iterator
@@ -31,7 +32,7 @@ from typing import NamedTuple
 
 import torch
 
-from benchmarks import environment, machine_code
+from benchmarks import environment, machine_code, options
 from benchmarks.machine_code import Kernel, Unavailable
 from fused_act import __version__
 from fused_act.backends.cuda import REBUILD, extension
@@ -237,10 +238,17 @@ def print_results(rows: list[dict], gpus: dict[int, GPU]) -> None:
             print(environment.table(COLUMNS, map(cells, found)))
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def positive(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not value > 0:
+        raise argparse.ArgumentTypeError(f"expected a positive number, got {text!r}")
+    return value
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--capabilities",
         type=int,
@@ -257,22 +265,10 @@ def parse_arguments() -> argparse.Namespace:
         help="libtorch_cuda.so of a CUDA build of torch: counts ATen's kernels, too",
     )
     # What is given holds for all capabilities.
-    parser.add_argument("--bandwidth", type=float, metavar="BYTES", help="per second, of a copy")
-    parser.add_argument("--sms", type=int, metavar="N", help="SMs of the GPU")
-    parser.add_argument("--clock", type=float, metavar="HZ", help="of the SMs")
-    parser.add_argument(
-        "--results",
-        type=Path,
-        metavar="FOLDER",
-        default=environment.ROOT / "results" / "machine_code",
-        help="where the CSV files go; default: %(default)s",
-    )
-    arguments = parser.parse_args()
-    for name in ("bandwidth", "sms", "clock"):
-        value = getattr(arguments, name)
-        if value is not None and not value > 0:
-            parser.error(f"argument --{name}: expected a positive number, got {value}")
-    return arguments
+    parser.add_argument("--bandwidth", type=positive, metavar="BYTES", help="per second, of a copy")
+    parser.add_argument("--sms", type=options.count, metavar="N", help="SMs of the GPU")
+    parser.add_argument("--clock", type=positive, metavar="HZ", help="of the SMs")
+    options.add_results(parser, "machine_code")
 
 
 def find_rows(providers: dict, gpus: dict[int, GPU], problems: list[str]) -> Iterator[dict]:
@@ -286,8 +282,7 @@ def find_rows(providers: dict, gpus: dict[int, GPU], problems: list[str]) -> Ite
             problems.append(f"{provider}: {error}")
 
 
-def main() -> list[dict]:
-    arguments = parse_arguments()
+def main(arguments: argparse.Namespace) -> list[dict]:
     given = {name: getattr(arguments, name) for name in ("bandwidth", "sms", "clock")}
     given = {name: value for name, value in given.items() if value is not None}
     if given:
@@ -309,11 +304,7 @@ def main() -> list[dict]:
         rows += environment.write_csv(arguments.results / f"{name}.csv", found)
     print_results(rows, gpus)
     for problem in dict.fromkeys(problems):
-        print(f"compare_instructions: {problem}", file=sys.stderr)
+        print(f"instructions: {problem}", file=sys.stderr)
     if problems:
         sys.exit(2)
     return rows
-
-
-if __name__ == "__main__":
-    environment.run(main)

@@ -1,6 +1,6 @@
 """Pictures of the results of the comparisons: of as many as are in the folder.
 
-    python -m benchmarks.plot_results [--results FOLDER]
+    python -m benchmarks plot [--results FOLDER]
 
 - speed_by_size.png and speed_by_dtype.png, from speed.csv: the speed of the public functions, on a
   GPU that of the kernels, as a share of that of a copy of the same bytes. Bands and whiskers reach
@@ -19,18 +19,13 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 
-from benchmarks import environment
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from benchmarks import environment, options, pictures
+from benchmarks.pictures import BLACK, BLUE, GREEN, GREY, ORANGE, SKY_BLUE, VERMILLION
 from benchmarks.providers import DTYPES
-
-try:
-    import numpy as np
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
-    from benchmarks import pictures
-    from benchmarks.pictures import BLACK, BLUE, GREEN, GREY, ORANGE, SKY_BLUE, VERMILLION
-except ImportError as error:
-    environment.refuse(f"pictures need matplotlib and numpy: {error}")
 
 STYLES = {
     "cuda": {"color": BLUE, "marker": "o"},
@@ -41,7 +36,7 @@ STYLES = {
     "compile(aten)": {"color": ORANGE, "marker": "P"},
     "naive": {"color": GREY, "marker": "X"},
 }
-SMALL_CASES = ("alone", "conv-act-conv")  # of compare_memory; the others are networks
+SMALL_CASES = ("alone", "conv-act-conv")  # of memory.csv; the others are networks
 # Ways to train a network, by provider and method; `ours` is the first of ours that was measured.
 METHODS = {
     "torch": ("aten", "", VERMILLION),
@@ -375,17 +370,13 @@ def draw(folder: Path, picture: str) -> bool:
     return False
 
 
-def main() -> list[dict]:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    environment.add_results_argument(parser)
-    folder = parser.parse_args().results
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    options.add_results(parser)
+
+
+def main(arguments: argparse.Namespace) -> list[dict]:
+    folder = arguments.results
     drawn = [draw(folder, picture) for picture in PICTURES]
     if not any(drawn):
         environment.refuse(f"nothing to draw in {folder}: run the comparisons first")
     return []
-
-
-if __name__ == "__main__":
-    environment.run(main)

@@ -1,6 +1,6 @@
 """What each activation brings in training, and what it costs: one network, all of the family.
 
-    python -m benchmarks.compare_training [--epochs 12] [--seeds 3] [--activations Mish ReLU6]
+    python -m benchmarks training [--epochs 12] [--seeds 3] [--activations mish relu6]
 
 The network is the demo's, a MobileNetV2 of three blocks on the handwritten digits of scikit-learn;
 only its activation differs. With CReLU, which makes two channels of one, the convolutions before it
@@ -20,21 +20,15 @@ from collections import defaultdict
 from collections.abc import Iterator
 from functools import partial
 
+import numpy as np
 import torch
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
-from benchmarks import environment
-from benchmarks.family import BY_NAME, FAMILY, Member
+from benchmarks import environment, options, pictures
+from benchmarks.digits import BATCH_SIZE, Digits, Training, saved_megabytes
+from benchmarks.family import FAMILY, Member
 from benchmarks.networks import digits_network
-
-try:
-    import numpy as np
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
-
-    from benchmarks import pictures
-    from benchmarks.digits import BATCH_SIZE, Digits, Training, saved_megabytes
-except ImportError as error:
-    environment.refuse(f"compare_training needs scikit-learn and matplotlib: {error}")
 
 QUESTION = ("Mish", "ReLU6")  # the first instead of the second
 
@@ -126,7 +120,7 @@ def answer(found: dict[str, Summary]) -> str:
     else:
         verdict = f"{'within' if abs(gain) <= noise else 'beyond'} the spread of {noise:.2f}"
     return (
-        f"compare_training: {QUESTION[0]} instead of {QUESTION[1]}: accuracy {gain:+.2f} points, "
+        f"training: {QUESTION[0]} instead of {QUESTION[1]}: accuracy {gain:+.2f} points, "
         f"{verdict}; training loss {statistics.mean(new.losses) / statistics.mean(old.losses):.2f} "
         f"of it, time a step {new.ms / old.ms:.2f}, bytes saved {new.saved_mb / old.saved_mb:.2f}"
     )
@@ -167,38 +161,14 @@ def draw(rows: list[dict]) -> Figure:
     return figure
 
 
-def member_by_name(text: str) -> Member:
-    if text not in BY_NAME:
-        raise argparse.ArgumentTypeError(f"expected one of {', '.join(BY_NAME)}, got {text!r}")
-    return BY_NAME[text]
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    options.add_results(parser)
+    options.add_epochs(parser, 12)
+    options.add_seeds(parser)
+    options.add_activations(parser, {member.op: member for member in FAMILY}, FAMILY)
 
 
-def positive_int(text: str) -> int:
-    if not text.isdecimal() or int(text) == 0:
-        raise argparse.ArgumentTypeError(f"expected a positive whole number, got {text!r}")
-    return int(text)
-
-
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    environment.add_results_argument(parser)
-    parser.add_argument("--epochs", type=positive_int, default=12, metavar="N")
-    parser.add_argument("--seeds", type=positive_int, default=3, metavar="N")
-    parser.add_argument(
-        "--activations",
-        type=member_by_name,
-        nargs="+",
-        default=FAMILY,
-        metavar="NAME",
-        help="default: all",
-    )
-    return parser.parse_args()
-
-
-def main() -> list[dict]:
-    arguments = parse_arguments()
+def main(arguments: argparse.Namespace) -> list[dict]:
     environment.print_environment()
     device = environment.default_device()
     if device.type == "cpu":
@@ -219,9 +189,5 @@ def main() -> list[dict]:
     if found.keys() >= set(QUESTION):
         print(answer(found))
     else:
-        print(f"compare_training: trained {', '.join(found)}")
+        print(f"training: trained {', '.join(found)}")
     return rows
-
-
-if __name__ == "__main__":
-    environment.run(main)

@@ -1,6 +1,6 @@
 """How long compiled code takes with fused_act, beside the same code with torch's own op.
 
-    python -m benchmarks.compare_compile [--numel 2^18] [--dtypes fp32 bf16] [--network]
+    python -m benchmarks compile [--sizes 2^18] [--dtypes fp32 bf16] [--network]
 
 - alone: f(x)
 - chain: f(x * w + b) * s, which becomes one kernel forward and one backward
@@ -26,8 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fused_act
-from benchmarks import environment, providers, timing
-from benchmarks.compare_speed import size
+from benchmarks import environment, options, providers, timing
 from benchmarks.networks import digits_network
 from benchmarks.providers import DEVICE, DTYPES
 from fused_act.activations.swish import torch_forward as definition_of_swish
@@ -124,7 +123,8 @@ def print_results(rows: list[dict]) -> None:
     header = ("", "ours, ms", "torch, ms", "ratio", "noise")
     lines = [
         (
-            " ".join(row[key] for key in ("function", "case", "dtype", "direction")),
+            f"{row['function']} {row['case']} {row['dtype']} {row['direction']}, "
+            f"{options.size_name(row['numel'])}",
             f"{row['ours_ms']:.3f}",
             f"{row['torch_ms']:.3f}",
             f"{row['ratio']:.2f}",
@@ -135,29 +135,20 @@ def print_results(rows: list[dict]) -> None:
     print(f"\n{environment.table(header, lines)}")
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    environment.add_results_argument(parser)
-    parser.add_argument(
-        "--numel", type=size, default=2**18, metavar="N", help="elements of x; default: 2^18"
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    options.add_results(parser)
+    options.add_sizes(parser, [2**18], "2^18")
     # On a GPU it is compiling that takes the time.
-    dtypes = ["bf16"] if DEVICE.type == "cuda" else ["fp32", "bf16"]
-    parser.add_argument(
-        "--dtypes", choices=DTYPES, nargs="+", default=dtypes, help="default: fp32 bf16; GPU: bf16"
-    )
-    parser.add_argument(
-        "--rounds", type=int, default=21, metavar="N", help="turns of each; default: 21"
-    )
+    options.add_dtypes(parser, ["bf16"] if DEVICE.type == "cuda" else ["fp32", "bf16"])
+    options.add_rounds(parser, 21)
     parser.add_argument("--network", action="store_true", help="also a network; takes minutes")
-    return parser.parse_args()
 
 
 def measure_all(arguments: argparse.Namespace) -> Iterator[dict]:
     for dtype in (DTYPES[name] for name in arguments.dtypes):
-        pairs = elementwise_pairs(dtype, arguments.numel)
+        pairs = itertools.chain.from_iterable(
+            elementwise_pairs(dtype, numel) for numel in arguments.sizes
+        )
         if arguments.network:
             pairs = itertools.chain(pairs, network_pairs(dtype))
         for pair, direction in itertools.product(pairs, DIRECTIONS):
@@ -165,14 +156,9 @@ def measure_all(arguments: argparse.Namespace) -> Iterator[dict]:
             yield measure(pair, direction, arguments.rounds)
 
 
-def main() -> list[dict]:
-    arguments = parse_arguments()
+def main(arguments: argparse.Namespace) -> list[dict]:
     environment.print_environment()
     torch.manual_seed(0)
     rows = environment.write_csv(arguments.results / "compile.csv", measure_all(arguments))
     print_results(rows)
     return rows
-
-
-if __name__ == "__main__":
-    environment.run(main)

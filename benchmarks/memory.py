@@ -1,6 +1,6 @@
 """How much memory the activations hold for backward, next to everything a user could pick instead.
 
-    python -m benchmarks.compare_memory [--dtypes bf16 fp32] [--compile-networks]
+    python -m benchmarks memory [--dtypes bf16 fp32] [--compile-networks]
 
 An activation seldom stands alone: what the next layer saves as well costs nothing more. All figures
 are bytes for each element that an activation computes:
@@ -38,7 +38,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
 
 import fused_act
-from benchmarks import environment, networks, providers, timing
+from benchmarks import environment, networks, options, providers, timing
 from benchmarks.providers import DEVICE, DTYPES, Provider
 from fused_act.backends.triton import INTERPRET
 from fused_act.families.elementwise import Elementwise
@@ -346,23 +346,16 @@ def print_results(rows: list[dict]) -> None:
     providers.print_errors(rows)
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    environment.add_results_argument(parser)
-    parser.add_argument(
-        "--dtypes", choices=DTYPES, nargs="+", default=["bf16"], help="default: bf16"
-    )
-    providers.add_activations_argument(parser)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    options.add_results(parser)
+    options.add_dtypes(parser, ["bf16"])
+    options.add_activations(parser)
     parser.add_argument(
         "--compile-networks", action="store_true", help="compile the networks, too; takes minutes"
     )
-    return parser.parse_args()
 
 
-def main() -> list[dict]:
-    arguments = parse_arguments()
+def main(arguments: argparse.Namespace) -> list[dict]:
     environment.print_environment()
     compared = providers.available()
     if not ON_GPU:
@@ -373,7 +366,3 @@ def main() -> list[dict]:
     rows = environment.write_csv(arguments.results / "memory.csv", measure_all(arguments, compared))
     print_results(rows)
     return rows
-
-
-if __name__ == "__main__":
-    environment.run(main)

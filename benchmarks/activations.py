@@ -1,6 +1,6 @@
 """The gallery and the comparison sheet of all activations.
 
-    python -m benchmarks.plot_activations [--results FOLDER]
+    python -m benchmarks activations [--results FOLDER]
 
 activations.png shows each function with its derivative, as autograd gives it; dotted where the
 derivative jumps, on grey where it is less than 0.01. activations.csv has a row for each:
@@ -17,21 +17,15 @@ from __future__ import annotations
 
 import argparse
 
+import numpy as np
 import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from benchmarks import environment, timing
+from benchmarks import environment, options, pictures, timing
 from benchmarks.family import FAMILY, Member
-
-try:
-    import numpy as np
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
-    from benchmarks import pictures
-    from benchmarks.pictures import BLUE, VERMILLION
-except ImportError as error:
-    environment.refuse(f"pictures need matplotlib and numpy: {error}")
+from benchmarks.pictures import BLUE, VERMILLION
 
 WINDOW = (-6.0, 8.0)
 POINTS = 4001
@@ -228,12 +222,11 @@ def print_sheet(rows: list[dict]) -> None:
     print(environment.table(header, lines))
 
 
-def main() -> list[dict]:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    environment.add_results_argument(parser)
-    arguments = parser.parse_args()
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    options.add_results(parser)
+
+
+def main(arguments: argparse.Namespace) -> list[dict]:
     environment.print_environment()
     device = environment.default_device()
     if device.type == "cpu":
@@ -243,7 +236,3 @@ def main() -> list[dict]:
     print_sheet(rows)
     pictures.save(arguments.results / "activations.png", draw_gallery)
     return rows
-
-
-if __name__ == "__main__":
-    environment.run(main)

@@ -1,6 +1,6 @@
 """How far results are from the true value, next to everything a user could pick instead.
 
-    python -m benchmarks.compare_accuracy [--dtypes fp16 bf16 fp32] [--mantissas 2^15]
+    python -m benchmarks accuracy [--dtypes fp16 bf16 fp32] [--mantissas 2^15]
 
 The unit is the last place that the true value has in the dtype (ULP), or the dtype's smallest step
 where the true value is less than normal. The nearest result is off by half a unit at most; what is
@@ -30,8 +30,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from benchmarks import environment, oracle, providers
-from benchmarks.compare_speed import size
+from benchmarks import environment, options, oracle, providers
 from benchmarks.providers import DEVICE, DTYPES, Provider
 from fused_act.backends.triton import INTERPRET
 from fused_act.families.elementwise import Elementwise
@@ -190,14 +189,9 @@ def print_results(rows: list[dict]) -> None:
     providers.print_errors(rows)
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    environment.add_results_argument(parser)
-    parser.add_argument(
-        "--dtypes", choices=DTYPES, nargs="+", default=list(DTYPES), help="default: all"
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    options.add_results(parser)
+    options.add_dtypes(parser, list(DTYPES))
     parser.add_argument(
         "--mantissas",
         type=power_of_2,
@@ -206,20 +200,18 @@ def parse_arguments() -> argparse.Namespace:
         help="fp32 inputs in each binade of each sign, of which there are 510; a power of 2 from "
         "2^8 to 2^23; default: 2^15, and 2^6 in Triton's interpreter, which is slow",
     )
-    providers.add_activations_argument(parser)
-    return parser.parse_args()
+    options.add_activations(parser)
 
 
 def power_of_2(text: str) -> int:
-    """A `size` that divides the 2^23 mantissas of a binade."""
-    number = size(text)
+    """A size that divides the 2^23 mantissas of a binade."""
+    number = options.size(text)
     if number > 2**23 or number & (number - 1):
         raise argparse.ArgumentTypeError(f"expected a power of 2 up to 2^23, got {text!r}")
     return number
 
 
-def main() -> list[dict]:
-    arguments = parse_arguments()
+def main(arguments: argparse.Namespace) -> list[dict]:
     environment.print_environment()
     compared = providers.available()
     if DEVICE.type == "cpu":
@@ -235,7 +227,3 @@ def main() -> list[dict]:
     )
     print_results(rows)
     return rows
-
-
-if __name__ == "__main__":
-    environment.run(main)

@@ -1,6 +1,6 @@
 """What a call costs on the host beside torch's own, in microseconds, for 16 elements on a CPU.
 
-    python -m benchmarks.compare_overhead [--rounds 31]
+    python -m benchmarks overhead [--rounds 31]
 
 - fallback: functions and modules where no kernel runs, beside `torch.nn.functional` and `torch.nn`.
 - compiled: the same under `torch.compile`, which checks at each call that no backend was forced.
@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fused_act
-from benchmarks import environment, timing
+from benchmarks import environment, options, timing
 from benchmarks.providers import FEATURED
 from fused_act import dispatch
 from fused_act.dispatch import Backend, Kernels
@@ -158,15 +158,12 @@ def print_results(rows: list[dict]) -> None:
         print(f"\n{path}\n\n{environment.table(header, lines)}")
 
 
-def main() -> list[dict]:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    environment.add_results_argument(parser)
-    parser.add_argument(
-        "--rounds", type=int, default=31, metavar="N", help="turns of each call; default: 31"
-    )
-    arguments = parser.parse_args()
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    options.add_results(parser)
+    options.add_rounds(parser, 31)
+
+
+def main(arguments: argparse.Namespace) -> list[dict]:
     environment.print_environment()
     compiled = partial(torch.compile, fullgraph=True, dynamic=False)
     found = itertools.chain(
@@ -178,7 +175,3 @@ def main() -> list[dict]:
     rows = environment.write_csv(arguments.results / "overhead.csv", found)
     print_results(rows)
     return rows
-
-
-if __name__ == "__main__":
-    environment.run(main)

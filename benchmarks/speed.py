@@ -1,6 +1,6 @@
 """How long the kernels take, next to everything a user could pick instead.
 
-    python -m benchmarks.compare_speed [--quick | --full] [--sizes 2^14 2^27] [--dtypes bf16]
+    python -m benchmarks speed [--quick | --full] [--sizes 2^14 2^27] [--dtypes bf16]
 
 The yardstick is a copy that moves the same bytes, timed among the others: no kernel that has to
 move these bytes is much faster. Every median comes as a share of it. Where that is over 100 %, the
@@ -44,7 +44,7 @@ import torch
 import torch._functorch.config
 from torch import Tensor
 
-from benchmarks import environment, providers, timing
+from benchmarks import environment, options, providers, timing
 from benchmarks.providers import DEVICE, DTYPES, FALLBACK, PROVIDERS, Provider
 from fused_act.dispatch import Kernels
 from fused_act.families.elementwise import Elementwise
@@ -342,26 +342,9 @@ def memory_bytes() -> int:
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def size(text: str) -> int:
-    """A number of elements: `1048576` or `2^20`."""
-    base, _, exponent = text.partition("^")
-    try:
-        numel = int(base) ** min(int(exponent or 1), 64)
-    except ValueError:
-        numel = 0
-    if not 2**8 <= numel <= 2**40:
-        raise argparse.ArgumentTypeError(f"expected 2^8 to 2^40, or a number such, got {text!r}")
-    return numel
-
-
-def size_name(numel: int) -> str:
-    exponent = numel.bit_length() - 1
-    return f"2^{exponent}" if numel == 2**exponent else str(numel)
-
-
 def grid(arguments: argparse.Namespace) -> list[tuple[str, int, str]]:
     """Dtype, size and layout of what is measured, what matters most first."""
-    dtypes, layouts = arguments.dtypes or list(DTYPES), arguments.layouts or list(LAYOUTS)
+    dtypes, layouts = arguments.dtypes, arguments.layouts or list(LAYOUTS)
     if arguments.sizes:
         return list(itertools.product(dtypes, arguments.sizes, arguments.layouts or layouts[:1]))
     if arguments.full:
@@ -406,7 +389,7 @@ def by_comparison(rows: list[dict]) -> dict[tuple, dict[str, dict]]:
 
 def describe(compared: tuple) -> str:
     _, _, activation, direction, dtype, numel, layout = compared
-    return f"{activation} {direction} {dtype} {size_name(numel)} {layout}"
+    return f"{activation} {direction} {dtype} {options.size_name(numel)} {layout}"
 
 
 def cell(row: dict | None) -> str:
@@ -491,40 +474,36 @@ def print_verdicts(rows: list[dict]) -> None:
         )
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    environment.add_results_argument(parser)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    options.add_results(parser)
     extent = parser.add_mutually_exclusive_group()
     extent.add_argument("--quick", action="store_true", help="one dtype, one or two sizes")
     extent.add_argument(
         "--full", action="store_true", help="every dtype, every 2^n, every layout: an hour or more"
     )
-    extent.add_argument(
-        "--sizes", type=size, nargs="+", metavar="N", help="numbers of elements, 1048576 or 2^20"
-    )
-    parser.add_argument("--dtypes", choices=DTYPES, nargs="+", help="default: all, bf16 first")
+    options.add_sizes(extent, None, "see above")
+    options.add_dtypes(parser, list(DTYPES))
     parser.add_argument(
         "--layouts", choices=LAYOUTS, nargs="+", help="default: all; or, with --sizes, contiguous"
     )
-    providers.add_activations_argument(parser)
+    options.add_activations(parser)
     names = [provider.name for provider in (*PROVIDERS, FALLBACK)]
     parser.add_argument("--providers", choices=names, nargs="+", default=names, help="default: all")
     parser.add_argument(
         "--time-limit",
         type=float,
         metavar="SECONDS",
-        help="start no further case after so long; default: 150 on a GPU, but for --full",
+        help="start nothing further after so long; default: 150 on a GPU, but for --full",
     )
-    arguments = parser.parse_args()
-    if arguments.time_limit is None:
-        arguments.time_limit = 150.0 if ON_GPU and not arguments.full else math.inf
-    return arguments
 
 
-def main() -> list[dict]:
-    arguments = parse_arguments()
+def time_limit(arguments: argparse.Namespace) -> float:
+    if arguments.time_limit is not None:
+        return arguments.time_limit
+    return 150.0 if ON_GPU and not arguments.full else math.inf
+
+
+def main(arguments: argparse.Namespace) -> list[dict]:
     if ON_GPU and importlib.util.find_spec("triton") is None:
         environment.refuse("on a GPU triton.testing takes the times: pip install triton")
     environment.print_environment()
@@ -547,12 +526,8 @@ def main() -> list[dict]:
         for what in grid(arguments)
         for activation in arguments.activations
     ]
-    found = measure_all(workloads, compared, method, arguments.time_limit)
+    found = measure_all(workloads, compared, method, time_limit(arguments))
     rows = environment.write_csv(arguments.results / "speed.csv", found)
     print_results(rows)
     print_verdicts(rows)
     return rows
-
-
-if __name__ == "__main__":
-    environment.run(main)

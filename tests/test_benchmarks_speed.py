@@ -1,0 +1,230 @@
+"""What `python -m benchmarks speed` measures, and what it makes of it."""
+
+import itertools
+import sys
+import types
+
+import pytest
+import torch
+
+from benchmarks import providers, speed
+from benchmarks.__main__ import parse
+from benchmarks.providers import DTYPES
+from benchmarks.speed import Method, Workload
+from fused_act.activations import FAMILIES, ROWS
+from tests.shared.benchmarks import (
+    CLOCK,
+    gradient,
+    provider,
+    provider_called,
+    raise_value_error,
+)
+
+ELEMENTWISE = FAMILIES["elementwise"]
+
+
+SMALL = Workload(ROWS["mish"], "fp32", 2**10, "contiguous")
+
+
+def measure(functions, workload=SMALL, launches=("call",), direction="forward", **options):
+    """The rows of one direction by provider, the clock replaced."""
+    compared = [provider(name, function) for name, function in functions.items()]
+    method = Method(dict.fromkeys(launches, CLOCK.turn), 3, 0.001)
+    rows = speed.measure(workload, compared, method, **options)
+    return {row["provider"]: row for row in rows if row["direction"] == direction}
+
+
+def test_a_row_has_median_quantiles_and_share_of_the_copy():
+    rows = measure({"one": CLOCK.taking(0.002, 0.006, 0.004)})
+    assert list(rows) == ["copy", "one"]
+    row = rows["one"]
+    assert (row["median"], row["q20"], row["q80"]) == pytest.approx((4.0, 2.8, 5.2))
+    assert (row["unit"], row["samples"]) == ("ms", 3)
+    assert row["bytes"] == 2 * 4 * 2**10 == rows["copy"]["bytes"]
+    assert row["share_of_copy"] == pytest.approx(0.25)
+    assert row["gbps"] == pytest.approx(row["bytes"] / 4e6)
+    assert rows["copy"]["share_of_copy"] == 1
+
+
+def allocate(x):
+    return torch.empty(2**50)
+
+
+def raise_out_of_memory(x):
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+
+@pytest.mark.parametrize(
+    ("function", "skipped", "error"),
+    [
+        (allocate, "out of memory", ""),
+        (raise_out_of_memory, "out of memory", ""),
+        (raise_value_error, "", "ValueError: first line"),
+    ],
+)
+@pytest.mark.parametrize("good_calls", [0, 2])
+def test_who_fails_says_why_and_the_others_go_on(function, skipped, error, good_calls):
+    left = [good_calls]
+
+    def fails(x):
+        left[0] -= 1
+        return x if left[0] >= 0 else function(x)
+
+    rows = measure({"fails": fails, "good": CLOCK.taking(0.002)})
+    assert (rows["fails"]["skipped"], rows["fails"]["error"]) == (skipped, error)
+    assert (rows["fails"]["median"], rows["fails"]["samples"]) == ("", 0)
+    assert rows["good"]["samples"] == 3
+
+
+def test_input_that_does_not_fit_is_skipped(monkeypatch):
+    def contiguous(numel, dtype, device):
+        return torch.empty(numel if device == "meta" else 2**60, dtype=dtype, device=device)
+
+    monkeypatch.setitem(speed.LAYOUTS, "contiguous", contiguous)
+    rows = measure({"one": CLOCK.taking(0.002)})
+    assert rows["one"]["skipped"] == "out of memory"
+
+
+def test_small_tensors_run_in_graphs_too_but_not_backward_through_autograd():
+    method = Method(dict.fromkeys(("call", "graph"), CLOCK.turn), 1, 0.001)
+    found = {
+        numel: {
+            (row["provider"], row["api"], row["direction"])
+            for row in speed.measure(
+                Workload(ROWS["mish"], "fp32", numel, "contiguous"),
+                [provider_called("aten")],
+                method,
+            )
+            if row["launch"] == "graph"
+        }
+        for numel in (speed.SMALL, 2 * speed.SMALL)
+    }
+    directions = ("forward", "backward", "forward+backward")
+    expected = {
+        *((name, "kernel", direction) for name in ("copy", "aten") for direction in directions),
+        *(("aten", "public", direction) for direction in directions if direction != "backward"),
+    }
+    assert found == {speed.SMALL: expected, 2 * speed.SMALL: set()}
+
+
+@pytest.mark.parametrize("activation", ELEMENTWISE, ids=lambda activation: activation.name)
+def test_kernels_and_public_functions_compute_what_they_are_timed_for(activation):
+    x, grad_output = torch.randn(2, 64)
+    parameters = providers.parameters(activation)
+    y = activation.torch_forward(x, *parameters, inplace=False)
+    grad_input = gradient(activation, grad_output, x)
+    kernels = providers.aten_kernels(activation)
+    calls = {
+        direction: speed.kernel_call(kernels, parameters, direction, x, grad_output)
+        for direction in ("inference", "forward", "backward", "forward+backward")
+    }
+    assert torch.equal(calls["inference"](), y)
+    output = calls["forward"]()
+    assert torch.equal(output, y)
+    assert output is calls["forward"]()  # nothing is allocated
+    assert torch.equal(calls["backward"](), grad_input)
+    assert torch.equal(calls["forward+backward"]()[1], grad_input)
+
+    function = providers.aten(activation, False)
+    for direction, expected in {
+        "inference": y, "forward": y, "backward": grad_input, "forward+backward": grad_input,
+    }.items():  # fmt: skip
+        call = speed.public_call(function, direction, x, grad_output)
+        found = call()
+        found = found[0] if isinstance(found, tuple) else found
+        torch.testing.assert_close(found.detach(), expected)
+        assert found.requires_grad == (direction == "forward")
+
+
+def test_flag_gems_is_timed_where_it_has_the_op(monkeypatch):
+    gems = types.SimpleNamespace(
+        silu=torch.nn.functional.silu,
+        silu_backward=torch.ops.aten.silu_backward.default,
+        relu6=torch.nn.functional.relu6,
+    )
+    monkeypatch.setitem(sys.modules, "flag_gems", types.ModuleType("flag_gems"))
+    monkeypatch.setitem(sys.modules, "flag_gems.ops", gems)
+    x, grad_output = torch.randn(2, 16)
+    offered = set()
+    for activation, direction in itertools.product(
+        FAMILIES["elementwise"], ("forward", "backward")
+    ):
+        kernels, parameters = (
+            make(activation) for make in (providers.flag_gems_kernels, providers.parameters)
+        )
+        if speed.offers(kernels, direction):
+            offered.add(f"{activation.name} {direction}")
+            call = speed.kernel_call(kernels, parameters, direction, x, grad_output)
+            if direction == "forward":
+                expected = activation.torch_forward(x, *parameters, inplace=False)
+            else:
+                expected = gradient(activation, grad_output, x)
+            assert torch.equal(call(), expected)
+    assert offered == {"swish forward", "swish backward", "relu6 forward"}
+
+
+# What is measured
+
+
+@pytest.mark.parametrize("layout", speed.LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_layouts(layout, dtype):
+    workload = Workload(ROWS["relu6"], dtype, 2**10, layout)
+    x = workload.tensor("cpu")
+    assert (x.dtype, x.numel()) == (DTYPES[dtype], workload.numel())
+    assert x.float().std() > 0.5  # all of it is drawn
+    assert x.is_contiguous() == (layout != "channels_last")
+    assert layout != "channels_last" or x.is_contiguous(memory_format=torch.channels_last)
+    assert (x.numel() % 16 != 0) == (layout == "odd")
+    assert (x.data_ptr() % 16 != 0) == (layout == "misaligned")
+
+
+def test_grid(monkeypatch):
+    def grid(*arguments):
+        return speed.grid(parse(["speed", *arguments]))
+
+    monkeypatch.setattr(speed, "ON_GPU", True)
+    default = grid()
+    assert len(default) == len(set(default)) == 11
+    assert default[:3] == [
+        ("bf16", 2**27, "contiguous"), ("fp16", 2**27, "contiguous"), ("fp32", 2**26, "contiguous"),
+    ]  # fmt: skip
+    assert {numel for dtype, numel, _ in default if dtype == "bf16"} >= {2**10, 2**30}
+    assert {layout for _, _, layout in default} == set(speed.LAYOUTS)
+    assert len(grid("--quick")) == 2
+    assert len(grid("--full")) == 21 * len(DTYPES) * len(speed.LAYOUTS)
+    assert grid("--sizes", "2^20", "1000", "--dtypes", "fp32") == [
+        ("fp32", 2**20, "contiguous"), ("fp32", 1000, "contiguous"),
+    ]  # fmt: skip
+    assert set(grid("--dtypes", "fp16", "--layouts", "odd")) == {
+        ("fp16", numel, "odd") for numel in (2**10, 2**14, 2**18, 2**22, 2**27, 2**30)
+    }
+    monkeypatch.setattr(speed, "ON_GPU", False)
+    assert max(numel for _, numel, _ in grid()) == 2**22
+    assert grid("--quick") == [("bf16", 2**20, "contiguous")]
+
+
+# Verdicts
+
+
+@pytest.mark.parametrize(
+    ("times", "expected"),
+    [
+        ((0.4, 0.5, 0.6), "2.00x faster"),
+        ((0.4, 0.5, 0.95), "2.00x even"),
+        ((1.3, 2.0, 2.1), "0.50x slower"),
+    ],
+)
+def test_verdicts_are_of_ours_beside_the_best_alternative(times, expected):
+    what = {"api": "public", "launch": "call", "activation": "mish", "direction": "forward"}
+    what |= {"dtype": "fp32", "numel": 1024, "layout": "contiguous", "samples": 3}
+    all_times = {
+        "copy": (0.1, 0.1, 0.1), "naive": (3.0, 3.0, 3.0), "aten": (0.9, 1.0, 1.2), "triton": times,
+    }  # fmt: skip
+    rows = [
+        what | {"provider": name, **dict(zip(("q20", "median", "q80"), found))}
+        for name, found in all_times.items()
+    ]
+    ((_, best, ours),) = speed.verdicts(rows)
+    assert best["provider"] == "aten"
+    assert {name: str(one).strip() for name, one in ours.items()} == {"triton": expected}
