@@ -189,6 +189,28 @@ def draw_bars(dtypes: dict[str, str], axes: Axes, rows: list[dict]) -> None:
     axes.grid(axis="x", visible=False)
 
 
+def draw_groups(
+    axes: Axes,
+    groups: list[str],
+    bars: list[tuple[str, str, dict[str, float]]],
+    number: str = "%.0f",
+) -> None:
+    """Horizontal bars with their values, in groups.
+
+    Args:
+        bars: of each of those who are compared, the label, the colour and the value in each group.
+    """
+    height = 0.85 / len(bars)
+    for index, (label, color, values) in enumerate(bars):
+        offset = (index - (len(bars) - 1) / 2) * height
+        positions = [groups.index(group) + offset for group in values]
+        found = axes.barh(positions, list(values.values()), height, color=color, label=label)
+        axes.bar_label(found, fmt=number, padding=2, fontsize=7)
+    axes.set_yticks(range(len(groups)), groups)
+    axes.grid(axis="y", visible=False)
+    axes.margins(x=0.12)
+
+
 def speed_by_size(rows: list[dict]) -> Figure:
     """Of the dtype with the most sizes."""
     rows = drawn(rows)
@@ -225,25 +247,16 @@ def memory(rows: list[dict]) -> Figure:
     title = f"Bytes saved for backward, for each element of {rows[0]['dtype']}"
     figure = new_figure(rows, title, 1.2 + 0.15 * len(groups) * (len(names) + 1))
     panels = figure.subplots(1, len(activations), sharex=True, sharey=True, squeeze=False)[0]
-    height = 0.85 / len(names)
     for activation, axes in zip(activations, panels):
-        for index, provider in enumerate(names):
+        bars = []
+        for provider in names:
             found = select(rows, activation=activation, provider=provider)
-            offset = (index - (len(names) - 1) / 2) * height
-            bars = axes.barh(
-                [groups.index(row["group"]) + offset for row in found],
-                [float(row["saved_bytes"]) for row in found],
-                height,
-                color=STYLES[provider]["color"],
-                label=provider,
-            )
-            axes.bar_label(bars, fmt="%.3g", padding=2, fontsize=7)
+            values = {row["group"]: float(row["saved_bytes"]) for row in found}
+            bars.append((provider, STYLES[provider]["color"], values))
+        draw_groups(axes, groups, bars, "%.3g")
         axes.set_title(activation)
-        axes.set_yticks(range(len(groups)), groups)
         axes.set_xlabel("bytes")
-        axes.grid(axis="y", visible=False)
     panels[0].invert_yaxis()
-    panels[0].margins(x=0.12)
     add_legend(figure)
     return figure
 
@@ -260,24 +273,19 @@ def rematerialization(rows: list[dict]) -> Figure:
     title = f"Training steps with {rows[0]['activation']}, {rows[0]['dtype']}, as shares of torch's"
     figure = new_figure(rows, title, 1.4 + 0.13 * len(networks) * (len(METHODS) + 1))
     panels = figure.subplots(1, 2, sharey=True)
-    height = 0.85 / len(METHODS)
+    base = {row["case"]: row for row in select(rows, provider="aten", method="")}
     for axes, column, what in zip(panels, ("saved_bytes", "ms"), ("bytes saved", "time")):
-        for index, (label, (provider, method, color)) in enumerate(METHODS.items()):
-            provider = own[0] if provider == "ours" else provider
-            found = select(rows, provider=provider, method=method)
-            shares = [
-                100 * float(row[column]) / float(base[column]) if row[column] else 0
+        bars = []
+        for label, (provider, method, color) in METHODS.items():
+            found = select(rows, provider=own[0] if provider == "ours" else provider, method=method)
+            of_torchs = {
+                row["case"]: 100 * float(row[column]) / float(base[row["case"]][column])
                 for row in found
-                for base in select(rows, provider="aten", method="", case=row["case"])
-            ]
-            offset = (index - (len(METHODS) - 1) / 2) * height
-            positions = [networks.index(row["case"]) + offset for row in found]
-            bars = axes.barh(positions, shares, height, color=color, label=label)
-            axes.bar_label(bars, fmt="%.0f", padding=2, fontsize=7)
+                if row[column] and row["case"] in base
+            }
+            bars.append((label, color, of_torchs))
+        draw_groups(axes, networks, bars)
         axes.set_xlabel(f"{what}, % of torch's")
-        axes.grid(axis="y", visible=False)
-        axes.margins(x=0.12)
-    panels[0].set_yticks(range(len(networks)), networks)
     panels[0].invert_yaxis()
     add_legend(figure)
     return figure
@@ -325,19 +333,15 @@ def networks(rows: list[dict]) -> Figure:
     nets = distinct(rows, "net")
     figure = bare_figure("Training steps, eager, as shares of torch's", 1.2 + 0.6 * len(nets))
     panels = figure.subplots(1, 2, sharey=True)
-    height = 0.8 / len(MODES)
     for axes, column, what in zip(panels, ("ms", "step_gib"), ("time", "memory of a step")):
-        for index, (mode, color) in enumerate(MODES.items()):
+        base = {row["net"]: float(row[column]) for row in select(rows, mode="torch")}
+        bars = []
+        for mode, color in MODES.items():
             found = select(rows, mode=mode)
-            base = {row["net"]: float(row[column]) for row in select(rows, mode="torch")}
-            positions = [nets.index(row["net"]) + (index - 1) * height for row in found]
-            shares = [100 * float(row[column]) / base[row["net"]] for row in found]
-            bars = axes.barh(positions, shares, height, color=color, label=mode)
-            axes.bar_label(bars, fmt="%.0f", padding=2, fontsize=7)
+            of_torchs = {row["net"]: 100 * float(row[column]) / base[row["net"]] for row in found}
+            bars.append((mode, color, of_torchs))
+        draw_groups(axes, nets, bars)
         axes.set_xlabel(f"{what}, % of torch's")
-        axes.grid(axis="y", visible=False)
-        axes.margins(x=0.12)
-    panels[0].set_yticks(range(len(nets)), nets)
     panels[0].invert_yaxis()
     add_legend(figure)
     return figure
