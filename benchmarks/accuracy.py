@@ -5,7 +5,7 @@
 The unit is the last place that the true value has in the dtype (ULP), or the dtype's smallest step
 where the true value is less than normal. The nearest result is off by half a unit at most; what is
 off by more counts as not correctly rounded. A NaN from a finite input is off by infinity. The true
-values are float64; see benchmarks/oracle.py.
+values are float64; see tests/shared/facts.py.
 
 - fp16, bf16: all finite inputs. fp32: as many mantissas of every binade and sign, one drawn from
   each of equal steps, so that the mean is that of all finite inputs and the maximum is of a sample
@@ -30,10 +30,12 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from benchmarks import environment, options, oracle, providers
+from benchmarks import environment, options, providers
 from benchmarks.providers import DEVICE, DTYPES, Provider
 from fused_act.backends.triton import INTERPRET
 from fused_act.families.elementwise import Elementwise
+from tests.shared import ulp
+from tests.shared.facts import FACTS
 
 KINDS = ("forward", "derivative")
 ROOT = (-1.7, -0.8)  # the derivatives of mish and of swish have their zeros in the middle
@@ -58,7 +60,7 @@ def stratified_fp32(mantissas: int) -> Iterator[Tensor]:
 
 def inputs(dtype: torch.dtype, mantissas: int) -> Iterator[Tensor]:
     if dtype.itemsize == 2:
-        yield oracle.all_finite(dtype)
+        yield ulp.all_finite(dtype)
     else:
         yield from stratified_fp32(mantissas)
 
@@ -101,7 +103,7 @@ class Errors:
     max_absolute: float = 0.0
 
     def add(self, result: Tensor, exact: Tensor, x: Tensor) -> None:
-        error = oracle.ulp_error(result, exact, result.dtype).nan_to_num(nan=float("inf"))
+        error = ulp.ulp_error(result, exact, result.dtype).nan_to_num(nan=float("inf"))
         worst = int(error.argmax())
         if float(error[worst]) > self.max_ulp:
             self.max_ulp, self.worst_input = float(error[worst]), float(x[worst])
@@ -123,6 +125,7 @@ def measure(
     """One row for each provider, kind and region."""
     # fp32, which is what kernels and torch take parameters for.
     parameters = torch.tensor(providers.parameters(activation)).double().tolist()
+    facts = FACTS[activation.name]
     torch.compiler.reset()
     torch.manual_seed(0)
     functions = {
@@ -134,9 +137,9 @@ def measure(
     errors = {}
     for part in inputs(DTYPES[dtype], mantissas):
         x = part.to(DEVICE)
-        exact = {"forward": oracle.forward(activation.name, x.double(), *parameters)}
+        exact = {"forward": facts.forward(x.double(), *parameters)}
         if activation.saves != "y":
-            exact["derivative"] = oracle.derivative(activation.name, x.double(), *parameters)
+            exact["derivative"] = facts.derivative(x.double(), *parameters)
         for provider, function in functions.items():
             if provider in errors:
                 continue
@@ -147,7 +150,7 @@ def measure(
                 continue
             if activation.saves == "y":  # each has its own
                 y = results["forward"].double()
-                exact["derivative"] = oracle.derivative_from_output(activation.name, y, *parameters)
+                exact["derivative"] = facts.derivative_from_output(y, *parameters)
             for kind in KINDS:
                 for region, inside in regions(kind, x, exact[kind]).items():
                     found[provider][kind, region].add(

@@ -24,8 +24,8 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from benchmarks import environment, options, pictures, timing
-from benchmarks.family import FAMILY, Member
 from benchmarks.pictures import BLUE, VERMILLION
+from tests.shared.facts import ALL, Facts
 
 WINDOW = (-6.0, 8.0)
 POINTS = 4001
@@ -63,17 +63,17 @@ def saturated(derivative: Tensor) -> tuple[int, int]:
     return int(steep[0]), derivative.size(1) - 1 - int(steep[-1])
 
 
-def shape(member: Member) -> dict[str, str]:
+def shape(facts: Facts) -> dict[str, str]:
     """What kind of function it is."""
     near = torch.linspace(*WINDOW, POINTS).double()
     x = torch.cat([torch.linspace(-1e5, WINDOW[0], POINTS).double(), near])
     x = torch.cat([x, torch.linspace(WINDOW[1], 1e5, POINTS).double()])
-    y, derivative = curves(member.module(), x)
+    y, derivative = curves(facts.module(), x)
     normal = torch.randn(2**18, generator=torch.Generator().manual_seed(0)).double()
-    mean = float(curves(member.module(), normal)[0].mean())
+    mean = float(curves(facts.module(), normal)[0].mean())
     ends = [name for name, count in zip(("below", "above"), saturated(derivative)) if count]
     return {
-        "kinks": " ".join(map(bound, kinks(near, curves(member.module(), near)[1]))),
+        "kinks": " ".join(map(bound, kinks(near, curves(facts.module(), near)[1]))),
         "range": f"{bound(float(y.min()))} to {bound(float(y.max()))}",
         "monotonic": "yes" if (derivative >= -1e-9).all() else "no",
         "mean_output": f"{round(mean, 2) + 0.0:.2f}",
@@ -104,13 +104,13 @@ def instructions(op: str) -> dict[str, str]:
     }
 
 
-def bytes_of(member: Member) -> dict[str, float]:
+def bytes_of(facts: Facts) -> dict[str, float]:
     """For an element of a 16-bit `x`."""
-    saved = member.widens / 8 if member.saves == "bits" else 2
-    written = saved if member.saves == "bits" else 0
+    saved = facts.widens / 8 if facts.saved_unit == "bits" else 2
+    written = saved if facts.saved_unit == "bits" else 0
     return {
-        "moved_forward": 2 + 2 * member.widens + written,
-        "moved_backward": 2 * member.widens + saved + 2,
+        "moved_forward": 2 + 2 * facts.widens + written,
+        "moved_backward": 2 * facts.widens + saved + 2,
         "saved": saved,
     }
 
@@ -124,9 +124,9 @@ def times(device: torch.device) -> dict[tuple[str, str], float]:
         grad_output = torch.randn_like(module(x))
         return lambda: torch.autograd.grad(module(x), leaves, grad_output)
 
-    for member in FAMILY:
-        calls[member.name, "fused_act"] = call(member.module().to(device))
-        calls[member.name, "torch"] = call(member.torch_module().to(device))
+    for facts in ALL:
+        calls[facts.title, "fused_act"] = call(facts.module().to(device))
+        calls[facts.title, "torch"] = call(facts.torch_module().to(device))
     turn = timing.gpu_turn if device.type == "cuda" else timing.cpu_turn
     return timing.interleaved(calls, rounds=7, seconds=0.02, turn=turn)
 
@@ -134,24 +134,24 @@ def times(device: torch.device) -> dict[tuple[str, str], float]:
 def sheet(device: torch.device):
     """The rows of the comparison sheet."""
     found = times(device)
-    for member in FAMILY:
+    for facts in ALL:
         yield {
-            "activation": member.name,
-            **shape(member),
-            **instructions(member.op),
-            **bytes_of(member),
+            "activation": facts.title,
+            **shape(facts),
+            **instructions(facts.name),
+            **bytes_of(facts),
             **{
-                f"time_{whose}": found[member.name, whose] / found["ReLU", "torch"]
+                f"time_{whose}": found[facts.title, whose] / found["ReLU", "torch"]
                 for whose in ("fused_act", "torch")
             },
-            "paper": member.paper,
+            "paper": facts.paper,
             "error": "",
         }
 
 
-def draw_member(axes: Axes, member: Member) -> None:
+def draw_member(axes: Axes, facts: Facts) -> None:
     x = torch.linspace(*WINDOW, POINTS).double()
-    y, derivative = curves(member.module(), x)
+    y, derivative = curves(facts.module(), x)
     left, right = saturated(derivative)
     axes.axvspan(WINDOW[0], x[left], color="0.93", linewidth=0)
     axes.axvspan(x[-1 - right], WINDOW[1], color="0.93", linewidth=0)
@@ -163,7 +163,7 @@ def draw_member(axes: Axes, member: Member) -> None:
     for function, slope, style in zip(y, derivative, styles):
         axes.plot(x, function, color=BLUE, linewidth=1.8, linestyle=style)
         axes.plot(x, slope, color=VERMILLION, linewidth=1.4, linestyle=style)
-    axes.set_title(member.name)
+    axes.set_title(facts.title)
     axes.set(xlim=WINDOW, ylim=(-2.2, 6.6))
     axes.set_xticks(range(-6, 9, 2))
     axes.set_yticks(range(-2, 7, 2))
@@ -174,9 +174,9 @@ def draw_member(axes: Axes, member: Member) -> None:
 def draw_gallery() -> Figure:
     figure = Figure(figsize=(8.8, 6.4), layout="constrained")
     panels = figure.subplots(3, 4, sharex=True, sharey=True)
-    for axes, member in zip(panels.flat, FAMILY):
-        draw_member(axes, member)
-    legend = panels.flat[len(FAMILY)]
+    for axes, facts in zip(panels.flat, ALL):
+        draw_member(axes, facts)
+    legend = panels.flat[len(ALL)]
     legend.set_axis_off()
     legend.plot([], [], color=BLUE, linewidth=1.8, label="function")
     legend.plot([], [], color=VERMILLION, linewidth=1.4, label="derivative")

@@ -34,9 +34,9 @@ from benchmarks import environment, options, pictures
 from benchmarks.digits import BATCH_SIZE, Digits, Training, saved_megabytes
 from benchmarks.networks import digits_network
 from benchmarks.pictures import BLUE, GREEN, VERMILLION
-from benchmarks.providers import NAIVE
 from fused_act import dispatch
 from fused_act.backends.triton import INTERPRET
+from tests.shared.facts import FACTS
 
 TIMED = {"cpu": (2**20, torch.float32), "cuda": (2**26, torch.bfloat16)}
 TIMING_ROUNDS = 9
@@ -65,7 +65,7 @@ ACTIVATIONS = (
         function=fused_act.relu6,
         torch_function=F.relu6,
         torch_module=nn.ReLU6,
-        naive=NAIVE["relu6"],
+        naive=FACTS["relu6"].naive,
         color=BLUE,
         window=(-4, 10, -0.7, 7),
     ),
@@ -75,7 +75,7 @@ ACTIVATIONS = (
         function=fused_act.swish,
         torch_function=F.silu,
         torch_module=nn.SiLU,
-        naive=NAIVE["swish"],
+        naive=FACTS["swish"].naive,
         color=VERMILLION,
         window=(-5, 3, -0.7, 3),
     ),
@@ -85,7 +85,7 @@ ACTIVATIONS = (
         function=fused_act.mish,
         torch_function=F.mish,
         torch_module=nn.Mish,
-        naive=NAIVE["mish"],
+        naive=FACTS["mish"].naive,
         color=GREEN,
         window=(-5, 3, -0.7, 3),
     ),

@@ -32,11 +32,13 @@ from typing import NamedTuple
 
 import torch
 
-from benchmarks import environment, machine_code, options
-from benchmarks.machine_code import Kernel, Unavailable
+from benchmarks import environment, options
 from fused_act import __version__
 from fused_act.backends.cuda import REBUILD, extension
-from fused_act.families.base import Row
+from tests.shared import kernels, machine_code
+from tests.shared.facts import FACTS
+from tests.shared.kernels import Variant
+from tests.shared.machine_code import Kernel, Unavailable
 
 
 class GPU(NamedTuple):
@@ -71,74 +73,44 @@ def warps_per_sm(kernel: Kernel, gpu: GPU) -> int:
     return warps - warps % (kernel.threads // WARP)  # whole blocks
 
 
-class KernelVariant(NamedTuple):
-    """One kernel for one dtype; one with a weight is that of a weight for each row of x."""
-
-    activation: Row
-    direction: str
-    masked: bool
-    dtype: torch.dtype
-
-    @property
-    def widening(self) -> int:
-        """The elements of y for each element of x."""
-        return 2 if self.activation.family == "mirrored" else 1
-
-    @property
-    def inputs(self) -> int:
-        """Tensors of as many elements as x that are read: x, or grad_output and what is saved.
-
-        A mask does not count.
-        """
-        if self.direction == "forward":
-            return 1
-        return self.widening + (0 if self.masked else 1)
-
-    @property
-    def outputs(self) -> int:
-        """Tensors of as many elements as x that are written."""
-        return self.widening if self.direction == "forward" else 1
-
-    @property
-    def bytes_per_element(self) -> float:
-        mask = self.widening / 8 if self.masked else 0
-        return self.dtype.itemsize * (self.inputs + self.outputs) + mask
-
-
+# Those of a matrix whose columns have the weights are much like those whose rows have them.
 VARIANTS = [
-    KernelVariant(*kernel, dtype)
-    for kernel, dtype in itertools.product(
-        [*machine_code.kernels(), *machine_code.matrix_kernels()], machine_code.CUDA_TYPES
-    )
+    (variant, dtype)
+    for variant, dtype in itertools.product(kernels.VARIANTS, machine_code.CUDA_TYPES)
+    if not variant.by_column
 ]
+Found = Iterator[tuple[Variant, torch.dtype, Kernel]]
 
 
-def triton_kernels(capability: int) -> Iterator[tuple[KernelVariant, Kernel]]:
+def bytes_per_element(variant: Variant, dtype: torch.dtype) -> float:
+    """What one element of x moves, or of its gradient."""
+    mask = FACTS[variant.row.name].widens / 8 if variant.masked else 0
+    return dtype.itemsize * (variant.inputs + variant.outputs) + mask
+
+
+def triton_kernels(capability: int) -> Found:
     if importlib.util.find_spec("triton") is None:
         raise Unavailable("triton is not installed; install it with `pip install triton`")
-    for variant in VARIANTS:
-        elementwise = variant.activation.family == "elementwise"
-        compile_ = machine_code.triton_kernel if elementwise else machine_code.triton_matrix_kernel
-        yield variant, compile_(*variant, capability)
+    for variant, dtype in VARIANTS:
+        yield variant, dtype, kernels.triton_kernel(variant, dtype, capability)
 
 
-def cuda_kernels(capability: int) -> Iterator[tuple[KernelVariant, Kernel]]:
+def cuda_kernels(capability: int) -> Found:
     if extension() is None:
         raise Unavailable(f"this install has no CUDA extension; where nvcc is, {REBUILD}")
     functions = machine_code.cuda_kernels(extension(), capability)
-    for variant in VARIANTS:
-        if variant.activation.family == "elementwise":
-            yield variant, machine_code.cuda_kernel(functions, *variant, capability)
-        else:
-            yield variant, machine_code.cuda_matrix_kernel(functions, *variant)
+    for variant, dtype in VARIANTS:
+        yield variant, dtype, kernels.cuda_kernel(functions, variant, dtype, capability)
 
 
-def aten_kernels(library: Path, capability: int) -> Iterator[tuple[KernelVariant, Kernel]]:
+def aten_kernels(library: Path, capability: int) -> Found:
     functions = machine_code.aten_kernels(library, capability)
-    for variant in dict.fromkeys(variant._replace(masked=False) for variant in VARIANTS):
-        if variant.activation.name in machine_code.ATEN_KERNELS:
-            activation, direction, _, dtype = variant
-            yield variant, machine_code.aten_kernel(functions, activation, direction, dtype)
+    plain = ((variant._replace(masked=False), dtype) for variant, dtype in VARIANTS)
+    for variant, dtype in dict.fromkeys(plain):
+        facts = FACTS[variant.row.name]
+        if facts.aten_symbols is not None:
+            kernel = machine_code.aten_kernel(functions, facts, variant.direction, dtype)
+            yield variant, dtype, kernel
 
 
 def torch_version(library: Path) -> str:
@@ -154,10 +126,12 @@ def row(
     version: str,
     capability: int,
     gpu: GPU,
-    variant: KernelVariant,
+    variant: Variant,
+    dtype: torch.dtype,
     kernel: Kernel,
 ) -> dict:
-    budget = WARP * SCHEDULERS * gpu.sms * gpu.clock * variant.bytes_per_element / gpu.bandwidth
+    bytes_ = bytes_per_element(variant, dtype)
+    budget = WARP * SCHEDULERS * gpu.sms * gpu.clock * bytes_ / gpu.bandwidth
     mufu_budget = budget * MUFU_PER_CLOCK / (WARP * SCHEDULERS)
     instructions = variant.outputs * kernel.per_element()
     mufu = variant.outputs * kernel.per_element("MUFU")
@@ -167,9 +141,9 @@ def row(
         "capability": capability,
         "provider": provider,
         "version": version,
-        "activation": variant.activation.name,
+        "activation": variant.row.name,
         "direction": f"{variant.direction} with mask" if variant.masked else variant.direction,
-        "dtype": str(variant.dtype).removeprefix("torch."),
+        "dtype": str(dtype).removeprefix("torch."),
         "instructions_per_element": instructions,
         "mufu_per_element": mufu,
         "loads": " ".join(map(str, kernel.accesses("LDG"))),
@@ -179,7 +153,7 @@ def row(
         "spills": kernel.spills(),
         "warps_per_sm": warps,
         "kib_in_flight_per_sm": in_flight * WARP * warps / 1024,
-        "bytes_per_element": variant.bytes_per_element,
+        "bytes_per_element": bytes_,
         "gpu_of_budget": gpu.name,
         "bandwidth": gpu.bandwidth,
         "sms": gpu.sms,
@@ -274,10 +248,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def find_rows(providers: dict, gpus: dict[int, GPU], problems: list[str]) -> Iterator[dict]:
     """The rows of what there is; what is missing is added to `problems`."""
     work = list(itertools.product(providers.items(), gpus.items()))
-    for (provider, (version, kernels)), (capability, gpu) in environment.progress(work, len(work)):
+    for (provider, (version, find)), (capability, gpu) in environment.progress(work, len(work)):
         try:
-            for variant, kernel in kernels(capability):
-                yield row(provider, version, capability, gpu, variant, kernel)
+            for found in find(capability):
+                yield row(provider, version, capability, gpu, *found)
         except Unavailable as error:
             problems.append(f"{provider}: {error}")
 

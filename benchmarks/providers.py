@@ -13,48 +13,20 @@ from torch import Tensor
 import fused_act
 from benchmarks.environment import default_device
 from fused_act import dispatch, ops
-from fused_act.activations import FAMILIES
-from fused_act.activations.selu import ALPHA, SCALE
+from fused_act.activations import ROWS
 from fused_act.backends.triton import INTERPRET
 from fused_act.dispatch import Kernels
 from fused_act.families.elementwise import Elementwise
+from tests.shared import facts
+from tests.shared.facts import FACTS
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 # Who asks for Triton's interpreter wants the kernels on CPU tensors.
 DEVICE = torch.device("cpu") if INTERPRET else default_device()
 
-# What is compared unless others are asked for: the package is made for them.
-FEATURED = FAMILIES["elementwise"][:3]
-
-# The parameters that an activation is compared with; the others take none.
-PARAMETERS = {"swish": (1.0,), "leaky_relu": (0.01,)}
-
-# What papers and model files write. Each operation is a kernel and saves what its gradient needs.
-NAIVE = {
-    "mish": lambda x: x * torch.tanh(torch.nn.functional.softplus(x)),
-    "swish": lambda x: x * torch.sigmoid(x),
-    "relu6": lambda x: x.clamp(min=0).clamp(max=6),
-    "sigmoid": lambda x: 1 / (1 + torch.exp(-x)),
-    "leaky_relu": lambda x: torch.where(x > 0, x, 0.01 * x),
-    "selu": lambda x: SCALE * torch.where(x > 0, x, ALPHA * (torch.exp(x) - 1)),
-}
-
-
-# torch's ops that write into an output they are given.
-ATEN_OUT = {
-    "mish": torch.ops.aten.mish.out,
-    "swish": lambda x, beta, out: torch.ops.aten.silu.out(x, out=out),
-    "relu6": lambda x, out: torch.ops.aten.hardtanh.out(x, 0.0, 6.0, out=out),
-    "sigmoid": torch.ops.aten.sigmoid.out,
-    "tanh": torch.ops.aten.tanh.out,
-    "relu": torch.ops.aten.relu.out,
-    "leaky_relu": torch.ops.aten.leaky_relu.out,
-    "selu": lambda x, out: torch.ops.aten.elu.out(x, ALPHA, SCALE, out=out),
-}
-
-# FlagGems' ops, forward and backward, under the names that its releases give them, if they do.
-FLAG_GEMS = {"mish": ("mish", ""), "swish": ("silu", "silu_backward"), "relu6": ("relu6", "")}
+# What is compared unless others are asked for.
+FEATURED = tuple(ROWS[name] for name in facts.FEATURED)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,11 +85,11 @@ class Provider:
 
 
 def parameters(activation: Elementwise) -> tuple[float, ...]:
-    return PARAMETERS.get(activation.name, ())
+    return FACTS[activation.name].defaults
 
 
 def fused(activation: Elementwise, inplace: bool) -> Callable[[Tensor], Tensor]:
-    function, arguments = getattr(fused_act, activation.name), parameters(activation)
+    function, arguments = FACTS[activation.name].function, parameters(activation)
     return lambda x: function(x, *arguments, inplace=inplace)
 
 
@@ -127,17 +99,16 @@ def aten(activation: Elementwise, inplace: bool) -> Callable[[Tensor], Tensor]:
 
 
 def naive(activation: Elementwise, inplace: bool) -> Callable[[Tensor], Tensor] | None:
-    return None if inplace else NAIVE.get(activation.name)
+    return None if inplace else FACTS[activation.name].naive
 
 
 def aten_kernels(activation: Elementwise) -> Kernels:
-    return activation.eager._replace(forward_out=ATEN_OUT.get(activation.name))
+    return activation.eager._replace(forward_out=FACTS[activation.name].aten_out)
 
 
 def flag_gems_kernels(activation: Elementwise) -> Kernels:
     gems = importlib.import_module("flag_gems.ops")
-    names = FLAG_GEMS.get(activation.name, ("", ""))
-    forward, backward = (getattr(gems, name, None) for name in names)
+    forward, backward = (getattr(gems, name, None) for name in FACTS[activation.name].flag_gems)
     # They have no parameters to take: Swish is SiLU there.
     return Kernels(
         forward and (lambda x, *parameters: forward(x)),

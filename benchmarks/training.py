@@ -27,42 +27,42 @@ from matplotlib.ticker import MaxNLocator
 
 from benchmarks import environment, options, pictures
 from benchmarks.digits import BATCH_SIZE, Digits, Training, saved_megabytes
-from benchmarks.family import FAMILY, Member
 from benchmarks.networks import digits_network
+from tests.shared.facts import ALL, Facts
 
 QUESTION = ("Mish", "ReLU6")  # the first instead of the second
 
 
-def network_of(member: Member, seed: int, device: torch.device) -> torch.nn.Module:
+def network_of(facts: Facts, seed: int, device: torch.device) -> torch.nn.Module:
     torch.manual_seed(seed)
-    network = digits_network(member.module, member.widens)
+    network = digits_network(facts.module, facts.widens)
     return network.to(device, memory_format=torch.channels_last)
 
 
-def train(members: list[Member], seed: int, epochs: int, digits: Digits) -> Iterator[dict]:
+def train(activations: list[Facts], seed: int, epochs: int, digits: Digits) -> Iterator[dict]:
     """Train all networks of one seed, and give a row for each and each epoch."""
     steps = epochs * digits.steps_per_epoch
     batch = digits.train_images[:BATCH_SIZE], digits.train_labels[:BATCH_SIZE]
-    runs = {member: Training(network_of(member, seed, digits.device), steps) for member in members}
+    runs = {facts: Training(network_of(facts, seed, digits.device), steps) for facts in activations}
     saved = {
-        member: saved_megabytes(network_of(member, seed, digits.device), *batch)
-        for member in members
+        facts: saved_megabytes(network_of(facts, seed, digits.device), *batch)
+        for facts in activations
     }
     batches, order = torch.Generator().manual_seed(seed), random.Random(seed)
     for epoch in range(epochs):
         for images, labels in digits.batches(batches):
-            for member in order.sample(members, len(members)):
-                runs[member].step(images, labels)
-        for member, run in runs.items():
+            for facts in order.sample(activations, len(activations)):
+                runs[facts].step(images, labels)
+        for facts, run in runs.items():
             run.evaluate(digits.test_images, digits.test_labels)
             yield {
-                "activation": member.name,
+                "activation": facts.title,
                 "seed": seed,
                 "epoch": epoch + 1,
                 "loss": float(run.epoch_losses()[-1]),
                 "accuracy": run.accuracies[-1],
                 "ms": statistics.median(run.milliseconds[-digits.steps_per_epoch :]),
-                "saved_mb": saved[member],
+                "saved_mb": saved[facts],
                 "parameters": sum(each.numel() for each in run.network.parameters()),
                 "error": "",
             }
@@ -165,7 +165,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_results(parser)
     options.add_epochs(parser, 12)
     options.add_seeds(parser)
-    options.add_activations(parser, {member.op: member for member in FAMILY}, FAMILY)
+    options.add_activations(parser, {facts.name: facts for facts in ALL}, ALL)
 
 
 def main(arguments: argparse.Namespace) -> list[dict]:
@@ -174,11 +174,11 @@ def main(arguments: argparse.Namespace) -> list[dict]:
     if device.type == "cpu":
         print("NO GPU: the modules call torch's own ops here; times and bytes are those.")
         torch.set_num_threads(1)  # several wait for each other on a busy machine
-    digits, members = Digits.load(device), list(dict.fromkeys(arguments.activations))
+    digits, activations = Digits.load(device), list(dict.fromkeys(arguments.activations))
     seeds = map(
-        partial(train, members, epochs=arguments.epochs, digits=digits), range(arguments.seeds)
+        partial(train, activations, epochs=arguments.epochs, digits=digits), range(arguments.seeds)
     )
-    total = len(members) * arguments.epochs * arguments.seeds
+    total = len(activations) * arguments.epochs * arguments.seeds
     rows = environment.write_csv(
         arguments.results / "training.csv",
         environment.progress((row for found in seeds for row in found), total),
