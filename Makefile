@@ -1,10 +1,11 @@
-# make demo    train networks on real images with fused activations; tables and pictures
-# make test    all that needs no GPU: tests, interpreter, both compilers, lint
-# make gpu     where a GPU and torch are: tests, comparisons and pictures, into RESULTS=folder
+# make demo      train networks on real images with fused activations; tables and pictures
+# make check     lint, types, and every row on every path that runs here, in a minute and a half
+# make test      the same and every test once, both compilers and the interpreter, in minutes
+# make test-all  all that is left: sweeps, models, broken installs, distributed, architectures
+# make gpu       where a GPU and torch are: tests, comparisons and pictures, into RESULTS=folder
 # make sanitize  likewise: every kernel under compute-sanitizer
-# make lint    ruff and clang-format
-# make mutate  seed bugs and see that the tests catch each; writes tests/mutations.md
-# make bench   the comparisons and their pictures, on whatever is here
+# make mutate    seed bugs and see that the tests catch each; writes tests/mutations.md
+# make bench     the comparisons and their pictures, on whatever is here
 
 SHELL := /bin/bash
 PYTHON ?= python3
@@ -29,23 +30,39 @@ COMPARISONS := speed accuracy compile memory overhead training plot activations
 GPU_COMPARISONS := $(filter-out training,$(COMPARISONS))
 # On as many cores as there are, up to four: each process imports torch and what goes with it.
 PARALLEL := -n auto --maxprocesses 4 --dist worksteal
-# What runs the Triton kernels in the interpreter, in a process of its own.
-INTERPRETED := $(addprefix tests/test_,$(addsuffix .py,accuracy_kernels autograd benchmarks_memory benchmarks_speed_command compiled_derivatives faults kernels layouts mirrored properties rematerialization weighted))
+TESTS := -m pytest $(PARALLEL) --durations 10
 
-.PHONY: demo test mutate gpu sanitize lint bench clean
+.PHONY: demo check test test-all mutate gpu sanitize lint types bench clean smoke smoke-interpreted
 
 demo: $(VENV)/demo
 	$(RUN) -m benchmarks demo
 
-test: $(VENV)/test $(VENV)/triton-oldest $(TIMM_VENV)/test fused_act/_C.abi3.so
+# Each tier ends with one line that says what happened. A marker puts a test into its tier, see
+# tests/conftest.py. With TRITON_INTERPRET=1 only those run that run the Triton kernels.
+check: $(VENV)/test
+	@if $(MAKE) --no-print-directory -k -j 2 --output-sync=target lint types smoke smoke-interpreted; \
+	then echo "make check: lint, types and every row on every path that runs here passed"; \
+	else echo "make check: FAILED, see above"; exit 1; fi
+
+smoke smoke-interpreted: $(VENV)/test
+	TRITON_INTERPRET=$(if $(findstring -,$@),1,0) $(RUN) -m pytest -q -m smoke
+
+test: $(VENV)/test fused_act/_C.abi3.so
 	@status=0; \
-	$(MAKE) --no-print-directory lint || status=1; \
-	$(RUN) -m pytest $(PARALLEL) || status=1; \
-	TRITON_INTERPRET=1 $(RUN) -m pytest $(PARALLEL) $(INTERPRETED) -m "not gpu" || status=1; \
-	PYTHONPATH=$(VENV)/triton-oldest $(RUN) -m pytest tests/test_machine_code.py -k compiles || status=1; \
-	$(RUN_TIMM) -m pytest -m zoo tests/test_zoo.py tests/test_readme.py || status=1; \
-	if [ $$status = 0 ]; then echo "make test: everything that needs no GPU passed"; \
+	$(MAKE) --no-print-directory lint types || status=1; \
+	$(RUN) $(TESTS) -m "not full" || status=1; \
+	TRITON_INTERPRET=1 $(RUN) $(TESTS) -m "not full" || status=1; \
+	if [ $$status = 0 ]; then echo "make test: every row on every path passed"; \
 	else echo "make test: FAILED, see above"; fi; exit $$status
+
+test-all: $(VENV)/test $(VENV)/triton-oldest $(TIMM_VENV)/test fused_act/_C.abi3.so
+	@status=0; \
+	$(RUN) $(TESTS) -m full || status=1; \
+	TRITON_INTERPRET=1 $(RUN) $(TESTS) -m full || status=1; \
+	PYTHONPATH=$(VENV)/triton-oldest $(RUN) -m pytest tests/test_machine_code.py -k compiles || status=1; \
+	$(RUN_TIMM) -m pytest -m timm tests || status=1; \
+	if [ $$status = 0 ]; then echo "make test-all: all that make test leaves out passed"; \
+	else echo "make test-all: FAILED, see above"; fi; exit $$status
 
 mutate: $(VENV)/test fused_act/_C.abi3.so
 	$(RUN) -m tests.mutations
@@ -53,7 +70,10 @@ mutate: $(VENV)/test fused_act/_C.abi3.so
 lint: $(VENV)/test
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
-	$(VENV)/bin/clang-format --dry-run --Werror csrc/* tests/*.cpp tests/*.h
+	$(VENV)/bin/clang-format --dry-run --Werror csrc/* tests/shared/host/*
+
+types: $(VENV)/test
+	$(RUN) -m mypy
 
 # $(1): commands, $(2): Python, $(3): options. One that fails keeps none of the others from running;
 # Ctrl-C does.

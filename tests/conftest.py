@@ -1,11 +1,17 @@
-"""Skips the GPU tests, visibly, where there is no GPU; every test starts with `auto` selected."""
+"""Which tests run here and in which tier; every test starts with the backend `auto`.
 
+The tiers are markers: `smoke` is `make check`, all that is not `full` is `make test`, and `full` is
+the rest, for `make test-all`. Most of `full` is found here, see `mark_full`.
+"""
+
+import collections
 import functools
 import importlib
 import importlib.util
 import os
 import re
 import signal
+import zlib
 from pathlib import Path
 
 import pytest
@@ -14,19 +20,92 @@ import torch
 import fused_act
 from benchmarks import environment
 from fused_act.backends import triton
-from tests import accuracy, host_kernels
+from tests.shared import accuracy, host_kernels
+from tests.shared.cases import INTERPRET
+from tests.shared.facts import FEATURED
+from tests.shared.layouts import TINY
+
+# Why tests are left out here, by the marker that says what they need. Thousands of skipped tests
+# would hide those that are skipped for another reason.
+MISSING = {
+    "gpu": None if torch.cuda.is_available() else "need a CUDA GPU",
+    "timm": None if importlib.util.find_spec("timm") else "need timm, see `make test-all`",
+}
+LEFT_OUT: collections.Counter[str] = collections.Counter()
+# A row goes together with the way to compute it: `make test` runs each pair of them.
+PAIRED = ("case", "row", "variant", "backend", "way", "inplace")
 
 
-def pytest_collection_modifyitems(items):
-    if torch.cuda.is_available():
-        return
+def pytest_ignore_collect(collection_path, config):
+    """With `-m smoke` or `-m timm`, skip the files that never name this marker.
+
+    To import them takes time, and fails in the environment of timm.
+    """
+    marker = config.option.markexpr
+    if marker in ("smoke", "timm") and collection_path.suffix == ".py":
+        return True if f"mark.{marker}" not in collection_path.read_text() else None
+    return None
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config, items):
+    reasons = [reason_to_leave_out(item) for item in items]
+    LEFT_OUT.update(filter(None, reasons))
+    config.hook.pytest_deselected(items=[item for item, why in zip(items, reasons) if why])
+    items[:] = [item for item, why in zip(items, reasons) if not why]
+    mark_full(items)
+
+
+def reason_to_leave_out(item) -> str | None:
+    for marker, reason in MISSING.items():
+        if reason is not None and item.get_closest_marker(marker):
+            return reason
+    if bool(item.get_closest_marker("interpreted")) != INTERPRET:
+        return f"run {'without' if INTERPRET else 'in'} Triton's interpreter"
+    return None
+
+
+def mark_full(items) -> None:
+    """Mark as `full` the cases that `make test` leaves to `make test-all`.
+
+    Of each parametrized test so many cases are left unmarked that every row comes by in every way
+    to compute it, and every value of the other parameters at least once. They are drawn as if at
+    random, so that rows meet different values. A test that is marked `exhaustive` keeps all of the
+    featured rows.
+    """
+    by_function = collections.defaultdict(list)
     for item in items:
-        if item.get_closest_marker("gpu"):
-            item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
+        if item.get_closest_marker("zoo"):
+            item.add_marker("full")
+        elif hasattr(item, "callspec") and not item.get_closest_marker("full"):
+            by_function[item.nodeid.partition("[")[0]].append(item)
+    for found in by_function.values():
+        seen = set()
+        for item in sorted(found, key=place_in_the_draw):
+            # By identity, since a value may be of any type: all cases share those of the list.
+            # Parameters do not make another row of a case.
+            params = item.callspec.params
+            values = {name: id(getattr(value, "facts", value)) for name, value in params.items()}
+            pair = tuple(values.pop(name, None) for name in PAIRED)
+            new = {pair, *values.items()} - seen
+            if not new and not (item.get_closest_marker("exhaustive") and is_featured(item)):
+                item.add_marker("full")
+            seen |= new
+
+
+def place_in_the_draw(item) -> tuple[bool, int]:
+    """As good as random, but the same everywhere; last comes what has next to no elements."""
+    is_tiny = any(isinstance(v, str) and v in TINY for v in item.callspec.params.values())
+    return is_tiny, zlib.crc32(item.callspec.id.encode())
+
+
+def is_featured(item) -> bool:
+    case = item.callspec.params["case"]
+    return case.name in FEATURED and case.parameters in case.facts.parameters
 
 
 def pytest_report_header():
-    """Which Triton runs: `make test` takes two."""
+    """Which Triton runs: `make test-all` takes two."""
     return f"torch {torch.__version__}, triton {triton.version()}"
 
 
@@ -34,15 +113,20 @@ def pytest_sessionfinish(session):
     """With pytest-xdist the tests run in other processes than the one that prints."""
     if hasattr(session.config, "workeroutput"):
         session.config.workeroutput["accuracy"] = list(accuracy.REPORT.items())
+        session.config.workeroutput["left out"] = dict(LEFT_OUT)
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node):
-    for key, found in getattr(node, "workeroutput", {}).get("accuracy", []):
+    output = getattr(node, "workeroutput", {})
+    for key, found in output.get("accuracy", []):
         accuracy.add_to_report(key, found)
+    LEFT_OUT.update(output.get("left out", {}) if not LEFT_OUT else {})  # all collect the same
 
 
 def pytest_terminal_summary(terminalreporter):
+    for reason, count in LEFT_OUT.items():
+        terminalreporter.write_line(f"{count} tests left out: they {reason}")
     if not accuracy.REPORT:
         return
     terminalreporter.section("fp32 errors in ULP, of the worst parameters in each region")
@@ -90,8 +174,6 @@ def timm():
 
     Without its ops, torchvision fails to register what else it has for them. timm calls none.
     """
-    if importlib.util.find_spec("timm") is None:
-        pytest.skip("needs timm, which `make test` runs in a virtual environment of its own")
     try:
         import torchvision  # noqa: F401
     except RuntimeError:
@@ -128,16 +210,18 @@ def theirs(case, inplace):
     return functools.partial(case.torch_function, inplace=inplace)
 
 
-@pytest.fixture(scope="session")
-def host_libraries(tmp_path_factory):
+@pytest.fixture
+def host_of():
+    """Gives the host build of a case; resets the errors that a test has set."""
     if host_kernels.COMPILER is None:
         pytest.skip("needs a C++ compiler")
-    return host_kernels.build(tmp_path_factory.mktemp("host_kernels"))
+    made = []
 
+    def make(case):
+        made.append(host_kernels.host(case))
+        return made[-1]
 
-@pytest.fixture
-def host_of(host_libraries):
-    """Makes the `Host` of a case; resets the errors that a test has set."""
-    yield lambda case: host_kernels.Host(host_libraries[case.name], case)
-    for library in host_libraries.values():
-        library.set_errors(0, 0)
+    yield make
+    for host in made:
+        if hasattr(host.library, "set_errors"):
+            host.library.set_errors(0, 0)
