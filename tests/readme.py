@@ -12,8 +12,9 @@ from pathlib import Path
 
 from benchmarks.environment import read_csv
 from fused_act.activations import FAMILIES
-from tests import faults, measured
-from tests.accuracy import DERIVATIVE, FORWARD
+from tests import measured
+from tests.shared import faults
+from tests.shared.accuracy import DERIVATIVE, FORWARD
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"

@@ -14,10 +14,12 @@ import itertools
 import torch
 
 import fused_act
-from fused_act.activations.swish import torch_learnable
 from fused_act.dispatch import DTYPES
-from tests import accuracy
-from tests.cases import CASES, DEVICE, random
+from tests.shared import accuracy
+from tests.shared.cases import ALL_CASES, CASES, DEVICE
+from tests.shared.layouts import random
+
+MATRICES = [case for case in ALL_CASES if case not in CASES]
 
 
 def run(case, dtype: torch.dtype, size: int, offset: int) -> None:
@@ -32,22 +34,19 @@ def run(case, dtype: torch.dtype, size: int, offset: int) -> None:
 
 
 def run_matrices(dtype: torch.dtype, columns: int, offset: int) -> None:
-    """Of five channels side by side, and one behind the other: CReLU, PReLU, learnable Swish."""
+    """Of five channels side by side, and one behind the other: what is mirrored or has weights."""
     for shape in ((2, 5, columns), (2, columns, 5)):
         numel = 10 * columns
         inputs = random(numel + offset).to(dtype)
         x = inputs.to(DEVICE)[offset:].view(shape)
         x = (x if shape[1] == 5 else x.transpose(1, 2)).requires_grad_()
         weight = torch.linspace(-1, 1, 5).to(dtype).to(DEVICE).requires_grad_()
-        for function, leaves, torch_function in (
-            (fused_act.crelu, [x], lambda x: torch.cat([x.relu(), x.neg().relu()], 1)),
-            (fused_act.prelu, [x, weight], torch.nn.functional.prelu),
-            (fused_act.swish, [x, weight], torch_learnable),
-        ):
-            y = function(*leaves)
+        for case in MATRICES:
+            leaves = [x, weight] if case.facts.weights else [x]
+            y = case.facts.function(*leaves)
             grads = torch.autograd.grad(y, leaves, torch.ones_like(y))
             on_cpu = [leaf.detach().cpu().requires_grad_() for leaf in leaves]
-            expected = torch_function(*on_cpu)
+            expected = case.facts.torch_function(*on_cpu)
             theirs = torch.autograd.grad(expected, on_cpu, torch.ones_like(expected))
             for ours, reference in zip((y, *grads), (expected, *theirs)):
                 torch.testing.assert_close(ours.detach().cpu(), reference, rtol=0.02, atol=0.5)
@@ -71,7 +70,7 @@ def main(arguments: list[str] | None = None) -> None:
                 count += 1
             for dtype, size, offset in itertools.product(DTYPES, options.sizes, options.offsets):
                 run_matrices(dtype, size, offset)
-                count += 6
+                count += 2 * len(MATRICES)
     print(f"sanitize: {count} tensors through {' and '.join(options.backends)}")
 
 

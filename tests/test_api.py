@@ -23,7 +23,7 @@ from fused_act import ops, replace
 from fused_act.activations import ROWS
 from fused_act.dispatch import BACKENDS
 from fused_act.families import base
-from tests.cases import all_cases
+from tests.shared.cases import elementwise_rows
 
 # Ours, torch's, and how both are made.
 MODULES = [
@@ -108,9 +108,9 @@ def test_slope_must_be_a_finite_float(slope, error, got):
     assert torch.equal(fused_act.leaky_relu(x, -2), torch.nn.functional.leaky_relu(x, -2))
 
 
-@all_cases
+@elementwise_rows
 def test_function_applies_on_cpu(case):
-    Function = case.activation.Function
+    Function = case.row.Function
     x = torch.linspace(-8, 8, 65, requires_grad=True)
     y = Function.apply(x, *case.parameters)
     expected = case.torch_function(x)
@@ -152,7 +152,7 @@ def test_public_functions():
         assert getattr(fused_act, name).__doc__, name
 
 
-@all_cases
+@elementwise_rows
 @pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.uint8])
 def test_integers_are_torchs_error(case, dtype):
     x = torch.ones(4).to(dtype)
@@ -506,3 +506,29 @@ def test_forced_torch_computes_what_has_weights_or_is_mirrored():
     with fused_act.use_backend("torch"):
         found = [fused_act.prelu(x, weight), fused_act.swish(x, weight), fused_act.crelu(x)]
     assert all(map(torch.equal, found, expected))
+
+
+def test_prelu_module_is_torchs():
+    ours, theirs = fused_act.PReLU(3, init=0.1), torch.nn.PReLU(3, init=0.1)
+    assert repr(ours) == repr(theirs)
+    theirs.load_state_dict(ours.state_dict())
+    ours.load_state_dict(theirs.state_dict())
+    for copied in (copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))):
+        assert type(copied) is fused_act.PReLU
+        assert torch.equal(copied.weight, ours.weight)
+    model = torch.nn.Sequential(torch.nn.PReLU(2))
+    weight = model[0].weight
+    assert type(fused_act.replace_activations(model)[0]) is fused_act.PReLU
+    assert model[0].weight is weight
+    assert type(fused_act.restore_activations(model)[0]) is torch.nn.PReLU
+
+
+def test_learnable_swish_module():
+    module = fused_act.Swish(1.5, learnable=True, num_parameters=3, dtype=torch.float64)
+    assert isinstance(module.beta, torch.nn.Parameter)
+    assert module.beta.dtype is torch.float64
+    assert module.beta.tolist() == [1.5] * 3
+    assert list(module.state_dict()) == ["beta"]
+    assert repr(module) == "Swish(learnable=True, num_parameters=3)"
+    assert torch.equal(pickle.loads(pickle.dumps(module)).beta, module.beta)
+    assert not list(fused_act.Swish(1.5).parameters())

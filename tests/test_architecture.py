@@ -5,12 +5,14 @@ CONTRIBUTING.md has the picture.
 
 import ast
 import re
+import sys
 from pathlib import Path
 
 import pytest
 
 import fused_act
 from fused_act.activations import FAMILIES, ROWS
+from tests.shared.facts import FACTS
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "fused_act"
@@ -221,3 +223,50 @@ def test_a_torch_that_lacks_a_name_says_which():
         ImportError, match=r"needs torch\._C\._NoSuchThing, which torch .* does not"
     ):
         required("_C._NoSuchThing")
+
+
+# The tests.
+
+TESTS = sorted((ROOT / "tests").rglob("*.py"))
+
+
+def imports(path: Path) -> set[str]:
+    """All modules that a file imports, by dotted name; names in modules count as modules."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return found
+
+
+@each(TESTS)
+def test_no_test_imports_a_test(path):
+    assert not [name for name in imports(path) if name.startswith("tests.test_")]
+
+
+@pytest.mark.parametrize("name", ["facts", "ulp", "machine_code", "kernels"])
+def test_what_benchmarks_share_with_tests_needs_torch_alone(name):
+    allowed = {"torch", "triton", "fused_act", "tests", *sys.stdlib_module_names}
+    found = imports(ROOT / "tests" / "shared" / f"{name}.py")
+    assert {each.partition(".")[0] for each in found} <= allowed
+    shared = {each.split(".")[2] for each in found if each.startswith("tests.shared.")}
+    assert shared <= {"facts", "ulp", "machine_code", "kernels"}
+
+
+def test_tests_stand_by_topic():
+    """A file of a family or of an activation would leave out the rows of the next one."""
+    for path in (ROOT / "tests").glob("test_*.py"):
+        assert path.stem.removeprefix("test_") not in {*FAMILIES, *ROWS}
+
+
+@pytest.mark.parametrize("name", FACTS)
+def test_only_the_row_of_facts_names_an_activation_in_a_table(name):
+    """Keys that are names would be a second row of facts. A few tests are about three or fewer."""
+    for path in [*TESTS, *(ROOT / "benchmarks").glob("*.py")]:
+        if path.name not in ("facts.py", "measured.py"):
+            for node in ast.walk(ast.parse(path.read_text())):
+                if isinstance(node, ast.Dict):
+                    keys = {key.value for key in node.keys if isinstance(key, ast.Constant)}
+                    assert not (name in keys and len(keys & FACTS.keys()) > 3), path

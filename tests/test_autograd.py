@@ -21,7 +21,7 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
-from tests.cases import BACKENDS, DEVICE, all_cases
+from tests.shared.cases import BACKENDS, DEVICE, elementwise_rows
 
 # The ways to a gradient: what users call, the Function by itself, and the kernels of each backend.
 WAYS = [
@@ -206,7 +206,7 @@ def outcome(run, *args):
         return error
 
 
-@all_cases
+@elementwise_rows
 @all_ways
 @pytest.mark.parametrize("program", PROGRAMS.values(), ids=PROGRAMS)
 @pytest.mark.filterwarnings("ignore:Anomaly Detection")
@@ -232,7 +232,7 @@ class Calls(TorchDispatchMode):
         return op(*args, **kwargs or {})
 
 
-@all_cases
+@elementwise_rows
 @all_ways
 @pytest.mark.parametrize("keep", [False, True], ids=["recomputed", "kept"])
 def test_selective_checkpoint(ours, theirs, way, inplace, keep):
@@ -257,7 +257,7 @@ def test_selective_checkpoint(ours, theirs, way, inplace, keep):
         return
     assert_torchs(result, within(contextlib.nullcontext(), theirs), way)
     # What torch multiplies for Swish is not all that is multiplied here.
-    name = re.compile("mish|silu|swish|sigmoid|hardtanh|elu")
+    name = re.compile("mish|silu|swish|sigmoid|tanh|elu")
     (op,) = (op for op in forward.counts if name.search(str(op)))
     # What a kernel writes in place cannot be kept, and is right nonetheless.
     expected = 0 if keep and not inplace else 1
@@ -284,7 +284,7 @@ TRANSFORMS = {
 }
 
 
-@all_cases
+@elementwise_rows
 @all_ways
 @pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS)
 @pytest.mark.filterwarnings("ignore:Attempted to insert a get_attr Node")

@@ -5,12 +5,14 @@ import importlib.util
 import pytest
 import torch
 
-from benchmarks import instructions, machine_code
+from benchmarks import instructions
 from benchmarks.environment import read_csv
-from benchmarks.machine_code import Instruction, Kernel
 from fused_act.activations import ROWS
 from fused_act.backends.cuda import extension
+from tests.shared import machine_code
 from tests.shared.benchmarks import status
+from tests.shared.kernels import Variant
+from tests.shared.machine_code import Instruction, Kernel
 
 
 @pytest.mark.parametrize(
@@ -43,7 +45,7 @@ def test_warps_that_registers_allow(registers, threads, capability, warps):
     ],
 )
 def test_prediction(direction, masked, dtype, budget):
-    variant = instructions.KernelVariant(ROWS["mish"], direction, masked, dtype)
+    variant = Variant(ROWS["mish"], direction, masked)
     store = Instruction(0, "", "STG.E.128", "")
     share = {}
     for count in (30, 60, 120):
@@ -51,7 +53,7 @@ def test_prediction(direction, masked, dtype, budget):
         rest = [Instruction(16 * i, "", "NOP", "") for i in range(1, count * 16 // dtype.itemsize)]
         code = [store, *rest[:-1], Instruction(16 * len(rest), "", "EXIT", "")]
         row = instructions.row(
-            "cuda", "", 90, instructions.GPUS[90], variant, Kernel("", code, 32, 256, dtype)
+            "cuda", "", 90, instructions.GPUS[90], variant, dtype, Kernel("", code, 32, 256, dtype)
         )
         assert row["instructions_per_element"] == count
         assert row["budget"] == pytest.approx(budget, abs=0.05)
@@ -62,11 +64,11 @@ def test_prediction(direction, masked, dtype, budget):
 
 
 def test_special_functions_limit_the_prediction():
-    variant = instructions.KernelVariant(ROWS["mish"], "forward", False, torch.float16)
+    variant = Variant(ROWS["mish"], "forward", False)
     code = [Instruction(0, "", "STG.E.128", ""), Instruction(1024, "", "EXIT", "")]
     code[1:1] = [Instruction(16 * i, "", "MUFU.EX2", "") for i in range(1, 63)]
     kernel = Kernel("", code, 32, 256, torch.float16)
-    row = instructions.row("cuda", "", 90, instructions.GPUS[90], variant, kernel)
+    row = instructions.row("cuda", "", 90, instructions.GPUS[90], variant, torch.float16, kernel)
     assert row["predicted_share"] == pytest.approx(31.1 / 8 / (62 / 8), rel=0.002)
 
 

@@ -4,11 +4,9 @@ import pytest
 
 from benchmarks import memory, providers
 from fused_act.activations import ROWS
-from fused_act.backends.triton import INTERPRET
 from tests.shared.benchmarks import provider_called
 
 
-@pytest.mark.skipif(INTERPRET, reason="times nothing in the interpreter")
 def test_memory_of_a_stack(monkeypatch):
     monkeypatch.setattr(memory, "ROUNDS", 1)
     monkeypatch.setattr(memory, "SECONDS", 0.001)
@@ -45,7 +43,7 @@ def test_memory_of_a_stack(monkeypatch):
     assert rows["aten", "checkpoint"]["saved_bytes"] < 4.0
 
 
-@pytest.mark.skipif(not INTERPRET, reason="needs TRITON_INTERPRET=1")
+@pytest.mark.interpreted
 def test_memory_of_a_mask():
     contender = memory.Contender(provider_called("triton"), True, "")
     (row,) = memory.rows_of(ROWS["relu6"], "bf16", "alone", [contender])

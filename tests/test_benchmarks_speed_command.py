@@ -1,5 +1,6 @@
 """`python -m benchmarks speed` as a whole, its clock replaced."""
 
+import dataclasses
 import signal
 import sys
 import types
@@ -8,11 +9,11 @@ from functools import partial
 import pytest
 import torch
 
-from benchmarks import environment, providers, speed, timing
+from benchmarks import environment, speed, timing
 from benchmarks.__main__ import parse
 from benchmarks.environment import read_csv
-from fused_act.backends.triton import INTERPRET
 from tests.shared.benchmarks import CLOCK, raise_value_error, status
+from tests.shared.facts import FACTS
 
 
 @pytest.fixture
@@ -52,7 +53,8 @@ def test_what_is_too_large_or_too_late_gets_rows_that_say_so(compare, tmp_path, 
 
 
 def test_a_failure_ends_with_status_1_after_the_others(monkeypatch, compare, tmp_path):
-    monkeypatch.setitem(providers.NAIVE, "mish", raise_value_error)
+    failing = dataclasses.replace(FACTS["mish"], naive=raise_value_error)
+    monkeypatch.setitem(FACTS, "mish", failing)
     assert compare(*ALL_EAGER) == 1
     rows = read_csv(tmp_path / "speed.csv")
     failed = [row for row in rows if row["error"]]
@@ -105,7 +107,8 @@ def test_a_gpu_is_timed_as_a_gpu(monkeypatch, compare, tmp_path, capsys):
     assert {bool(row["skipped"]) for row in rows if row["numel"] != "1024"} == {True}
 
 
-@pytest.mark.skipif(not INTERPRET, reason="needs TRITON_INTERPRET=1")
+@pytest.mark.full
+@pytest.mark.interpreted
 def test_triton_in_the_interpreter(compare, tmp_path):
     layouts = ("--layouts", *speed.LAYOUTS)
     assert compare("--sizes", "2^10", "--dtypes", "bf16", "--providers", "triton", *layouts) == 0

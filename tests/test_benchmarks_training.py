@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 
-from benchmarks import family
 from benchmarks.environment import read_csv
 from tests.shared.benchmarks import status
+from tests.shared.facts import FACTS
 
 training = pytest.importorskip("benchmarks.training", reason="needs the extra 'bench'")
 
@@ -28,7 +28,7 @@ def test_training_of_two(tmp_path, capsys, one_thread):
 
 
 def test_half_of_the_filters_before_crelu():
-    network = training.network_of(family.BY_NAME["CReLU"], 0, torch.device("cpu"))
+    network = training.network_of(FACTS["crelu"], 0, torch.device("cpu"))
     assert network(torch.randn(2, 1, 8, 8)).shape == (2, 10)
     widths = [m.out_channels for m in network.modules() if isinstance(m, torch.nn.Conv2d)]
     assert widths[:4] == [8, 32, 32, 24]

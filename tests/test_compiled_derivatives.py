@@ -11,7 +11,7 @@ import torch
 from torch._higher_order_ops.scan import scan
 from torch.autograd import forward_ad
 
-from tests.cases import ALL_CASES, BACKENDS, DEVICE, INTERPRET, all_cases
+from tests.shared.cases import ALL_CASES, BACKENDS, DEVICE, elementwise_rows
 
 
 def combinations(ways):
@@ -25,7 +25,7 @@ def combinations(ways):
             for case in ALL_CASES
             for way in ways
             for inplace, suffix in ((False, ""), (True, "-inplace"))
-            if not inplace or (case.activation.family == "elementwise" and way.id != "Function")
+            if not inplace or (case.row.family == "elementwise" and way.id != "Function")
         ],
     )
 
@@ -33,7 +33,7 @@ def combinations(ways):
 # What users call, the Function by itself, and what a forced backend gives.
 OF_TORCH = [pytest.param(way, id=way) for way in ("auto", "Function")]
 OF_KERNELS = [pytest.param(*each.values, marks=each.marks, id=each.values[0]) for each in BACKENDS]
-all_rows_and_ways = combinations(OF_KERNELS if INTERPRET else [*OF_TORCH, *OF_KERNELS])
+all_rows_and_ways = combinations([*OF_TORCH, *OF_KERNELS])
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 
@@ -201,8 +201,7 @@ def test_second_derivatives(ours, theirs, compiler, config, place):
     assert_close(found, second_derivative(place, theirs, lambda f: f))
 
 
-@all_cases
-@pytest.mark.skipif(INTERPRET, reason="without the interpreter")
+@elementwise_rows
 @pytest.mark.parametrize("place", PLACES[:2], ids=lambda place: place.__name__)
 def test_second_derivatives_through_inductor(case, place):
     with torch._dynamo.config.patch(TRACED):

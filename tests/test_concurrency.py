@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import fused_act
-from tests.cases import CASES, all_cases
+from tests.shared.cases import CASES, elementwise_rows
 
 THREADS = 8
 
@@ -19,7 +19,7 @@ def forward_backward(function, x):
     return y.detach(), torch.autograd.grad(y.square().sum(), x)[0]
 
 
-@all_cases
+@elementwise_rows
 @pytest.mark.parametrize("prepare", [lambda f: f, torch.compile], ids=["eager", "compiled"])
 def test_threads_equal_serial(case, prepare):
     function = prepare(case.function)

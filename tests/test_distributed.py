@@ -19,7 +19,9 @@ import torch
 from torch import distributed, nn
 
 import fused_act
-from tests.cases import CASES, random, torch_swish
+from tests.shared.cases import CASES
+from tests.shared.facts import torch_swish
+from tests.shared.layouts import random
 
 if not (distributed.is_available() and distributed.is_gloo_available()):
     pytest.skip("needs gloo", allow_module_level=True)
@@ -30,6 +32,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
+pytestmark = pytest.mark.full
 PROCESSES = 2
 TIMEOUT = 180  # seconds; it takes 20
 
@@ -46,7 +49,7 @@ class Call(nn.Module):
 
 
 def apply(case, x):
-    return case.activation.Function.apply(x, *case.parameters)
+    return case.row.Function.apply(x, *case.parameters)
 
 
 # Ours, or what `replace_activations` makes ours, and torch's. A GPU runs the Functions.

@@ -1,10 +1,11 @@
 """What is exported, scripted or traced is torch's own op, and runs without fused_act.
 
-Under a forced backend too: test_kernels.py.
+Under a forced backend too.
 """
 
 import copy
 import functools
+import pickle
 import subprocess
 import sys
 
@@ -13,8 +14,10 @@ import torch
 from torch import nn
 
 import fused_act
-from tests.cases import all_cases, random, torch_swish
-from tests.host_kernels import COMPILER
+from tests.shared.cases import ALL_CASES, BACKENDS, DEVICE, all_rows, elementwise_rows, of_family
+from tests.shared.facts import torch_crelu, torch_swish
+from tests.shared.host_kernels import COMPILER
+from tests.shared.layouts import random
 
 # torch.jit is deprecated, and torch.export warns of itself.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
@@ -121,7 +124,7 @@ def test_scripts(models):
     torch.testing.assert_close(ours, theirs)
 
 
-@all_cases
+@elementwise_rows
 def test_scripted_function_is_torchs(case, inplace):
     x = random(99)
     expected = case.torch_function(x)
@@ -137,7 +140,7 @@ def test_traces(models):
     assert torch.equal(traced(x), reference(x))
 
 
-@all_cases
+@elementwise_rows
 def test_fx_traces_torchs_function(case, inplace):
     def code(function):
         return torch.fx.symbolic_trace(lambda x: function(x * 2, inplace=inplace)).code
@@ -178,7 +181,9 @@ assert "fused_act" not in sys.modules
 """
 
 
-@pytest.mark.parametrize("kind", SAVED)
+@pytest.mark.parametrize(
+    "kind", [pytest.param("aot_inductor", marks=pytest.mark.full), "export", "script", "trace"]
+)
 def test_saved_model_runs_without_fused_act(kind, tmp_path):
     if kind == "aot_inductor" and COMPILER is None:
         pytest.skip("Inductor needs a C++ compiler")
@@ -264,3 +269,86 @@ def test_onnx_of_unusual_input_is_torchs(name, dtype, to_onnx):
     ours, theirs = (outcome(module()) for module in MODULES[name])
     assert ours == theirs
     assert "complex-valued input" in ours or not dtype.is_complex
+
+
+@all_rows
+@pytest.mark.parametrize("backend", [*BACKENDS, "torch"])
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.usefixtures("forced")
+def test_exports_torchs_op(case, backend, strict):
+    """Of float64 too, which the kernels refuse."""
+
+    class Module(nn.Module):
+        def __init__(self, function):
+            super().__init__()
+            self.function = function
+
+        def forward(self, x):
+            return self.function(x)
+
+    x = torch.randn(40, device=DEVICE, dtype=torch.float64)
+    ours, theirs = (
+        torch.export.export(Module(function), (x,), strict=strict)
+        for function in (case.function, case.torch_function)
+    )
+    assert ours.graph_module.code == theirs.graph_module.code
+    assert torch.equal(ours.module()(x), case.torch_function(x))
+
+
+@all_rows
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_modules_are_copied_scripted_traced_and_exported(case):
+    module, reference = case.facts.module(), case.facts.torch_module()
+    x = torch.randn(2, 3, 4)
+    expected = reference(x)
+    for each in (
+        module,
+        copy.deepcopy(module),
+        pickle.loads(pickle.dumps(module)),
+        torch.jit.script(module),
+        torch.jit.trace(module, x),
+        torch.fx.symbolic_trace(module),
+        torch.export.export(module, (x,)).module(),
+    ):
+        assert torch.equal(each(x), expected)
+    assert repr(copy.deepcopy(module)) == repr(module)
+    assert module.state_dict().keys() == reference.state_dict().keys()
+
+
+@of_family("weighted")
+def test_modules_with_a_weight_for_each_channel(case):
+    module, x = case.facts.module(num_parameters=3), torch.randn(2, 3, 4)
+    expected = module(x)
+    for made in (
+        torch.jit.script(module),
+        torch.jit.trace(module, x),
+        torch.fx.symbolic_trace(module),
+        torch.export.export(module, (x,)).module(),
+    ):
+        assert torch.equal(made(x), expected)
+    tangent = torch.func.jvp(module, (x,), (torch.ones_like(x),))[1]
+    torch.testing.assert_close(tangent, torch.func.grad(lambda t: module(t).sum())(x))
+
+
+WITHOUT_WEIGHT = [case for case in ALL_CASES if not case.facts.weights]
+
+
+@pytest.mark.parametrize("case", WITHOUT_WEIGHT, ids=str)
+@pytest.mark.parametrize("strict", [False, True])
+def test_modules_export_torchs_ops(case, strict):
+    x = torch.randn(2, 3)
+    ours, theirs = (
+        torch.export.export(make(), (x,), strict=strict)
+        for make in (case.facts.module, case.facts.torch_module)
+    )
+    assert targets(ours) == targets(theirs)
+
+
+def test_crelu_module_along_another_dimension():
+    module = fused_act.CReLU(dim=-1)
+    x = torch.randn(2, 3, 4)
+    copies = [copy.deepcopy(module), pickle.loads(pickle.dumps(module)), torch.jit.script(module)]
+    copies += [torch.fx.symbolic_trace(module), torch.jit.trace(module, x)]
+    for each in (module, *copies):
+        assert torch.equal(each(x), torch_crelu(x, -1))
+    assert repr(copies[1]) == "CReLU(dim=-1)"

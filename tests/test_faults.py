@@ -1,12 +1,15 @@
 """Bad and unusual input gets torch's own behaviour or one clear error: the table in faults.py."""
 
+import re
+
 import pytest
 import torch
 
 import fused_act
 from fused_act.dispatch import BACKENDS
-from tests import accuracy, faults
-from tests.cases import CASES, DEVICE, all_backends, all_cases
+from tests.shared import accuracy, faults
+from tests.shared.cases import BACKENDS as KERNELS
+from tests.shared.cases import CASES, DEVICE, INTERPRET, all_backends, elementwise_rows, of_family
 
 pytestmark = [
     pytest.mark.usefixtures("forced"),
@@ -56,7 +59,7 @@ def test_auto_does_as_torch_does(case, unusual):
     assert outcome(case.function, x) == expected
 
 
-@all_cases
+@elementwise_rows
 @all_backends
 @all_inputs
 def test_forced_backend_refuses_or_is_right(case, backend, unusual):
@@ -77,15 +80,112 @@ def check_call(case, wrong):
     assert torch.equal(x, plain())
 
 
-@all_cases
+@elementwise_rows
 @all_calls
 def test_wrong_calls(case, wrong):
     check_call(case, wrong)
 
 
-@all_cases
+@elementwise_rows
 @all_backends
 @all_calls
 def test_wrong_calls_of_a_forced_backend(case, backend, wrong):
     check_call(case, wrong)
     assert fused_act.dispatch.forced is BACKENDS[backend]
+
+
+def ones(x, *shape):
+    return torch.ones(shape, device=x.device)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "text"),
+    [
+        (
+            lambda x: fused_act.swish(x, ones(x, 4)),
+            ValueError,
+            r"shape \(1,\) or \(3,\) .* got \(4,\)",
+        ),
+        (
+            lambda x: fused_act.swish(x, ones(x, 3, 1)),
+            ValueError,
+            r"got \(3, 1\)",
+        ),
+        (
+            lambda x: fused_act.swish(x, ones(x, 3).double()),
+            TypeError,
+            "got torch.float64",
+        ),
+        (lambda x: fused_act.swish(x.int(), ones(x, 3)), TypeError, "int32"),
+        (
+            lambda x: fused_act.swish(x, ones(x, 3), True),
+            ValueError,
+            "expected inplace=False",
+        ),
+        (lambda x: fused_act.Swish(inplace=True, learnable=True), ValueError, "inplace=False"),
+        (lambda x: fused_act.Swish(num_parameters=3), ValueError, "expected num_parameters=1"),
+        (
+            lambda x: fused_act.prelu(x, ones(x, 4)),
+            RuntimeError,
+            "parameter numbers = 4",
+        ),
+        (
+            lambda x: fused_act.prelu(x, ones(x, 3, 1)),
+            RuntimeError,
+            "scalar or 1D tensor",
+        ),
+        (
+            lambda x: fused_act.prelu(x.half(), ones(x, 3)),
+            RuntimeError,
+            "Type promoting",
+        ),
+        (
+            lambda x: fused_act.prelu(x[0, 0], ones(x, 3)),
+            RuntimeError,
+            "channel size = 1",
+        ),
+    ],
+)
+@pytest.mark.parametrize("backend", ["auto", *KERNELS[: int(INTERPRET)]])
+def test_bad_weight(call, error, text, backend):
+    with pytest.raises(error, match=text) as raised:
+        call(torch.randn(2, 3, 4, device=DEVICE))
+    assert "\n" not in str(raised.value)
+
+
+BAD_DIM = {
+    "0-d": lambda: (torch.tensor(1.0, device=DEVICE), 0),
+    "dim too large": lambda: (torch.randn(3, 4, device=DEVICE), 2),
+    "dim too small": lambda: (torch.randn(3, 4, device=DEVICE), -3),
+    "no channels": lambda: (torch.randn(3, device=DEVICE), 1),
+    "float dim": lambda: (torch.randn(3, 4, device=DEVICE), 1.0),
+    "bool dim": lambda: (torch.randn(3, 4, device=DEVICE), True),
+    "no dim": lambda: (torch.randn(3, 4, device=DEVICE), None),
+}
+
+
+@of_family("mirrored")
+@all_backends
+@pytest.mark.parametrize("wrong", BAD_DIM)
+def test_bad_dim_is_torchs_error(case, backend, wrong):
+    """With every backend: what a kernel does not take along `dim`, torch refuses."""
+    x, dim = BAD_DIM[wrong]()
+    with pytest.raises((IndexError, RuntimeError, TypeError)) as theirs:
+        case.facts.torch_function(x, dim)
+    for choice in ("auto", backend):
+        with fused_act.use_backend(choice):
+            for function in (case.facts.function, case.row.Function.apply):
+                with pytest.raises(type(theirs.value), match=re.escape(str(theirs.value))):
+                    function(x, dim)
+
+
+@of_family("mirrored")
+@all_backends
+def test_mirrored_refusals_of_a_forced_backend(case, backend):
+    for x, error, match in (
+        (torch.zeros(3, 3, dtype=torch.float64), TypeError, f"{case.name}: .* x is float64"),
+        (torch.zeros(3, 3, device="meta"), ValueError, f"{case.name}: .* x is on meta"),
+        ([1.0], TypeError, f"{case.name}: expected x to be a Tensor, got list"),
+    ):
+        with pytest.raises(error, match=match):
+            case.facts.function(x)

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 import fused_act
-from tests import accuracy
-from tests.cases import CASES, all_backends, all_cases, all_dtypes, random
+from tests.shared import accuracy
+from tests.shared.cases import CASES, all_backends, all_dtypes, elementwise_rows
+from tests.shared.layouts import random
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("forced")]
 
@@ -25,14 +26,14 @@ def forward_backward(case, x, grad_output):
     return y.detach(), torch.autograd.grad(y, x, grad_output)[0]
 
 
-@all_cases
+@elementwise_rows
 def test_auto_takes_a_kernel(case):
     x = torch.randn(3, device="cuda", requires_grad=True)
-    function = f"{case.activation.spelling}Function"
+    function = f"{case.row.spelling}Function"
     assert type(case.function(x).grad_fn).__name__.startswith(function)
 
 
-@all_cases
+@elementwise_rows
 @all_backends
 def test_current_stream(case, backend):
     x = torch.randn(2**20, device="cuda")
@@ -67,7 +68,7 @@ def test_four_streams_at_once(case, backend):
     assert [int(count) for count in wrong] == [0, 0, 0, 0]
 
 
-@all_cases
+@elementwise_rows
 @all_backends
 def test_threads_equal_serial(case, backend):
     inputs = [random(4099 + i, device="cuda", dtype=torch.bfloat16) for i in range(64)]
@@ -82,7 +83,7 @@ def test_threads_equal_serial(case, backend):
             assert torch.equal(ours, theirs)
 
 
-@all_cases
+@elementwise_rows
 @all_backends
 @all_dtypes
 def test_captured_graph(case, backend, dtype):
@@ -131,7 +132,7 @@ def test_cold_capture_works_or_says_so(backend):
     print(result.stdout)
 
 
-@all_cases
+@elementwise_rows
 @all_backends
 def test_second_device(case, backend):
     """Tensors on a device that is not the current one."""

@@ -1,10 +1,8 @@
-"""The kernel path: Function, mask, strides, in place, errors, raw ops, for each backend.
+"""The kernel path under autograd: what is saved, in place, second derivatives, modes, for each
+backend.
 
-On a GPU both backends run (`pytest -m gpu`). Without one the Triton kernels run in the interpreter:
-`TRITON_INTERPRET=1 pytest tests/test_kernels.py -m "not gpu"`.
+On a GPU both backends run, without one the Triton kernels in the interpreter.
 """
-
-import contextlib
 
 import pytest
 import torch
@@ -14,21 +12,19 @@ from torch.profiler import ProfilerActivity, profile
 
 import fused_act
 from fused_act import ops
-from fused_act.dispatch import DTYPES
-from tests import accuracy, sanitize
-from tests.cases import (
-    BACKENDS,
+from tests import sanitize
+from tests.shared import accuracy
+from tests.shared.cases import (
     CASES,
     DEVICE,
-    INTERPRET,
-    LAYOUTS,
-    PARAMETERS,
     all_backends,
-    all_cases,
     all_dtypes,
-    cases,
-    unpack_mask,
+    all_rows,
+    elementwise_rows,
+    of_family,
 )
+from tests.shared.layouts import LAYOUTS, passes, unpack_mask
+from tests.shared.matrices import assert_equal
 
 pytestmark = pytest.mark.usefixtures("forced")
 
@@ -41,19 +37,44 @@ def make(layout, dtype):
     return LAYOUTS[layout](dtype=dtype, device=DEVICE)
 
 
-@all_backends
-@all_dtypes
-def test_mask_is_one_bit_an_element_in_memory_order(backend, dtype):
-    x = torch.randn(3, 5, 7, 2, dtype=dtype, device=DEVICE)
-    x = (6 * x).contiguous(memory_format=torch.channels_last).requires_grad_()
+def saved_by(function, x):
+    """The result of `function(x)`, and the tensors that it saves for backward."""
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-        fused_act.relu6(x)
+        y = function(x)
+    return y, saved
+
+
+MASKED = [case for case in CASES if case.row.saves == "mask"]
+
+
+@pytest.mark.parametrize("case", MASKED, ids=str)
+@all_backends
+@all_dtypes
+def test_mask_is_one_bit_an_element_in_memory_order(case, backend, dtype):
+    x = torch.randn(3, 5, 7, 2, dtype=dtype, device=DEVICE)
+    x = (6 * x).contiguous(memory_format=torch.channels_last).requires_grad_()
+    _, saved = saved_by(case.function, x)
     assert sum(tensor.numel() * tensor.itemsize for tensor in saved) == -(-x.numel() // 8)
     mask = next(tensor for tensor in saved if tensor.numel() > 0)
     in_memory_order = x.detach().permute(0, 2, 3, 1).flatten()
-    expected = (in_memory_order > 0) & (in_memory_order < 6)
-    assert torch.equal(unpack_mask(mask, x.numel()), expected)
+    assert torch.equal(unpack_mask(mask, x.numel()), passes(case, in_memory_order))
+
+
+@of_family("mirrored")
+@all_backends
+@all_dtypes
+def test_mirrored_mask_is_one_bit_an_element_of_y(case, backend, dtype):
+    """And all that is saved. Rows begin with a byte; the bits behind their ends are 0."""
+    x = torch.randn(5, 3, 7, dtype=dtype, device=DEVICE, requires_grad=True)
+    _, saved = saved_by(lambda x: case.facts.function(x, 1), x)
+    (mask,) = [tensor for tensor in saved if tensor.numel() > 0]
+    assert mask.dtype is torch.uint8
+    assert mask.shape == (5, 2, 3)
+    shifts = torch.arange(8, dtype=torch.uint8, device=DEVICE)
+    bits = ((mask.unsqueeze(-1) >> shifts) & 1).flatten(-2).bool()
+    assert torch.equal(bits[..., :21], torch.stack([x, -x], 1).flatten(2) > 0)
+    assert not bits[..., 21:].any()
 
 
 @all_backends
@@ -64,23 +85,21 @@ def test_relu6_gradient_that_does_not_pass_is_zero(backend):
     assert grad.tolist() == [0.0, 0.0, 2.0]
 
 
-@all_cases
+@elementwise_rows
 @all_backends
 def test_saves_once(case, backend):
     x = torch.randn(64, device=DEVICE, requires_grad=True)
-    saved = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-        y = case.function(x)
+    y, saved = saved_by(case.function, x)
     storages = {t.untyped_storage().data_ptr() for t in saved if t.numel() > 0}
     assert len(storages) == 1
-    if case.activation.saves != "mask":
-        kept = {"x": x, "y": y}[case.activation.saves]
+    if case.row.saves != "mask":
+        kept = {"x": x, "y": y}[case.row.saves]
         assert storages == {kept.untyped_storage().data_ptr()}
-    name = case.activation.spelling
+    name = case.row.spelling
     assert type(y.grad_fn).__name__.startswith(f"{name}Function")
 
 
-@all_cases
+@elementwise_rows
 @all_backends
 @all_dtypes
 @pytest.mark.parametrize(
@@ -99,7 +118,7 @@ def test_inplace(case, backend, dtype, layout):
     accuracy.assert_near(case, "derivative", grad, leaf, weight)
 
 
-@all_cases
+@elementwise_rows
 @all_backends
 # torch looks for no other overlap than that of expanded tensors, and its results depend on it.
 @pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "overlapping"])
@@ -117,7 +136,7 @@ def test_inplace_without_grad(case, backend, layout):
     accuracy.assert_near(case, "forward", x, before)
 
 
-@all_cases
+@elementwise_rows
 @all_backends
 def test_inplace_refuses_what_torch_refuses(case, backend):
     leaf = torch.randn(8, device=DEVICE, requires_grad=True)
@@ -132,7 +151,7 @@ def test_inplace_refuses_what_torch_refuses(case, backend):
         case.function(first, inplace=True)
 
 
-@all_cases
+@elementwise_rows
 @all_backends
 def test_inplace_on_an_inference_tensor(case, backend):
     with torch.inference_mode():
@@ -150,7 +169,7 @@ def test_inplace_on_an_inference_tensor(case, backend):
     assert torch.equal(x, before)
 
 
-@all_cases
+@elementwise_rows
 @all_backends
 def test_inplace_on_a_view_reaches_its_base(case, backend):
     def run(function):
@@ -167,7 +186,7 @@ def test_inplace_on_a_view_reaches_its_base(case, backend):
         torch.testing.assert_close(ours, theirs)
 
 
-@all_cases
+@elementwise_rows
 @all_backends
 def test_inplace_write_after_saving_is_caught(case, backend):
     leaf = torch.randn(8, device=DEVICE, requires_grad=True)
@@ -178,21 +197,21 @@ def test_inplace_write_after_saving_is_caught(case, backend):
         y.sum().backward()
 
 
-@all_cases
+@all_rows
 @all_backends
 def test_mutated_input_is_caught(case, backend):
     leaf = torch.randn(8, device=DEVICE, requires_grad=True)
     x = leaf * 1
     y = case.function(x)
     x.add_(1)
-    if case.activation.saves != "x":
+    if case.saves != "x":
         y.sum().backward()  # what was saved is still right
     else:
         with pytest.raises(RuntimeError, match="modified by an inplace operation"):
             y.sum().backward()
 
 
-@all_cases
+@elementwise_rows
 @all_backends
 @pytest.mark.parametrize("inplace", [False, True])
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "transposed", "gapped"])
@@ -214,7 +233,7 @@ def test_second_derivative(case, backend, inplace, layout):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
-@all_cases
+@elementwise_rows
 @all_backends
 def test_second_derivative_through_grad_output(case, backend):
     x = torch.linspace(-7, 9, 37, device=DEVICE, requires_grad=True)
@@ -225,7 +244,7 @@ def test_second_derivative_through_grad_output(case, backend):
     torch.testing.assert_close(through_weight, expected, rtol=1e-4, atol=1e-5)
 
 
-@all_cases
+@all_rows
 @all_backends
 @pytest.mark.parametrize("leaf_hook", [False, True])
 def test_hooks_run_once_under_create_graph(case, backend, leaf_hook):
@@ -241,14 +260,15 @@ def test_hooks_run_once_under_create_graph(case, backend, leaf_hook):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
-@all_cases
+@all_rows
 @all_backends
 def test_forward_mode_through_backward(case, backend):
     def run(function):
         x = torch.linspace(-7, 9, 37, device=DEVICE, requires_grad=True)
         y = function(x)
         with torch.autograd.forward_ad.dual_level():
-            weight = torch.autograd.forward_ad.make_dual(torch.ones_like(x), torch.ones_like(x))
+            ones = torch.ones_like(y)
+            weight = torch.autograd.forward_ad.make_dual(ones, 3 * ones)
             (grad,) = torch.autograd.grad(y, x, weight)
             return torch.autograd.forward_ad.unpack_dual(grad).tangent
 
@@ -258,10 +278,13 @@ def test_forward_mode_through_backward(case, backend):
         with pytest.raises(NotImplementedError):
             run(case.function)
     else:
-        torch.testing.assert_close(run(case.function), expected, rtol=1e-4, atol=1e-5)
+        tolerance = 0.0 if case.row.family == "mirrored" else 1e-5
+        torch.testing.assert_close(
+            run(case.function), expected, rtol=10 * tolerance, atol=tolerance
+        )
 
 
-@all_cases
+@all_rows
 @all_backends
 def test_backward_stays_with_the_backend_of_forward(case, backend):
     x = torch.linspace(-7, 9, 37, device=DEVICE, requires_grad=True)
@@ -270,10 +293,10 @@ def test_backward_stays_with_the_backend_of_forward(case, backend):
         torch.autograd.grad(y, x, torch.ones_like(y))
     names = [event.name for event in profiled.events()]
     op = f"fused_act_{backend}::{case.name}_backward"
-    assert op + "_from_output" * (case.activation.saves == "y") in names
+    assert op + "_from_output" * (case.saves == "y") in names
 
 
-@all_cases
+@all_rows
 @all_backends
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_without_grad_nothing_is_recorded(case, backend, mode):
@@ -284,18 +307,21 @@ def test_without_grad_nothing_is_recorded(case, backend, mode):
         assert y.grad_fn is None
         assert not y.requires_grad
         assert torch.equal(y, expected)
-        written = x.clone()
-        assert torch.equal(case.function(written, inplace=True), expected)
         if mode is torch.no_grad:
             with torch.enable_grad():
                 assert case.function(x).requires_grad
+        if not case.has_inplace:
+            return
+        written = x.clone()
+        assert torch.equal(case.function(written, inplace=True), expected)
+        if mode is torch.no_grad:
             # A leaf may be written here, as torch's own ops may.
             leaf = x.detach().clone().requires_grad_()
             assert case.function(leaf, inplace=True) is leaf
             assert torch.equal(leaf, expected)
 
 
-@all_cases
+@all_rows
 @all_backends
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_jit_traces_torchs_op(case, backend):
@@ -307,7 +333,7 @@ def test_jit_traces_torchs_op(case, backend):
     torch.testing.assert_close(traced(x), case.torch_function(x))
 
 
-@all_cases
+@all_rows
 @all_backends
 def test_a_tensor_that_has_outlived_its_transform(case, backend):
     escaped = []
@@ -341,7 +367,7 @@ def test_module_trains(backend):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
 
 
-@all_cases
+@all_rows
 @all_backends
 @pytest.mark.parametrize(
     ("x", "error", "match"),
@@ -377,194 +403,105 @@ def test_forced_backend_refuses_subclasses(backend):
         compiled(x)
 
 
-@all_cases
-@all_backends
-def test_raw_ops_refuse_autograd(case, backend):
-    x = torch.randn(3, device=DEVICE, requires_grad=True)
-    table = kernels(backend, case)
-    with pytest.raises(RuntimeError, match=f"call fused_act.{case.name}"):
-        table.forward(x, *case.parameters)
-    with torch.no_grad():
-        accuracy.assert_near(case, "forward", table.forward(x, *case.parameters), x)
-    x = x.detach()
-    with pytest.raises(RuntimeError, match=f"call fused_act.{case.name}"):
-        torch.func.jvp(lambda x: table.forward(x, *case.parameters), (x,), (x,))
-
-
 @all_backends
 def test_fx_traces_torchs_op(backend):
     graph = torch.fx.symbolic_trace(fused_act.Mish()).graph
     assert F.mish in [node.target for node in graph.nodes]
 
 
-@all_cases
-@all_backends
-@pytest.mark.parametrize("mode", [contextlib.nullcontext, torch.inference_mode])
-def test_raw_backward_checks_its_arguments(case, backend, mode):
-    """Under Autograd, and in inference mode below it, where each backend checks by itself."""
-    x = torch.randn(4, 6, device=DEVICE)
-    table = kernels(backend, case)
-    backward = table.backward or table.backward_from_output
-    if case.activation.saves == "mask":
-        y, mask = table.forward_with_mask(x, *case.parameters)
-        assert mask.shape == (3,)
-        stride = list(y.stride())
-        wrong = [
-            (y.double(), mask, stride),
-            (y, mask.float(), stride),
-            (y, mask[:2], stride),
-            (y, torch.zeros(6, dtype=torch.uint8, device=DEVICE)[::2], stride),
-            (y, mask, [6]),
-            (y, mask, [7, 1]),
-            (y, mask, [3, 2]),  # overlapping, in as much memory as there is
-            (y, mask, [-6, 1]),
-        ]
-    else:
-        wrong = [
-            (torch.randn(4, 5, device=DEVICE), x),
-            (torch.randn(1, 6, device=DEVICE), x),
-            (torch.randn(6, 4, device=DEVICE), x),
-            (torch.randn(8, 6, device=DEVICE), x),
-            (torch.randn(4, 6, device=DEVICE, dtype=torch.float16), x),
-        ]
-    errors = (TypeError, ValueError) if mode is contextlib.nullcontext else Exception
-    for grad_output, saved, *layout in wrong:
-        with mode(), pytest.raises(errors, match=r"(_backward\w*|fused_act): expected"):
-            backward(grad_output, saved, *case.parameters, *layout)
-
-
-@all_cases
-@all_backends
-def test_raw_backward_refuses_mixed_devices(case, backend):
-    x = torch.randn(4, 6, device=DEVICE)
-    saved, layout = x.to("meta"), ()
-    if case.activation.saves == "mask":
-        saved, layout = torch.empty(3, dtype=torch.uint8, device="meta"), ([6, 1],)
-    table = kernels(backend, case)
-    backward = table.backward or table.backward_from_output
-    with pytest.raises(ValueError, match=rf"{case.name}_backward\w*: expected .* on "):
-        backward(x, saved, *case.parameters, *layout)
-
-
-@all_cases
-@all_backends
-def test_raw_out_op(case, backend):
-    table = kernels(backend, case)
-    x = torch.randn(5, 7, device=DEVICE)
-    for out in (torch.empty(5, 7, device=DEVICE), torch.empty(7, 5, device=DEVICE).t()):
-        version = out._version
-        assert table.forward_out(x, *case.parameters, out=out) is None
-        assert out._version > version
-        accuracy.assert_near(case, "forward", out, x)
-    gapped = torch.full((5, 14), 77.0, device=DEVICE)
-    table.forward_out(x, *case.parameters, out=gapped[:, ::2])
-    accuracy.assert_near(case, "forward", gapped[:, ::2], x)
-    assert (gapped[:, 1::2] == 77).all()
-    buffer = torch.linspace(-3, 8, 12291, device=DEVICE)
-    before = buffer[:-1].clone()
-    table.forward_out(buffer[:-1], *case.parameters, out=buffer[1:])
-    accuracy.assert_near(case, "forward", buffer[1:], before)
-    for wrong, error in (
-        (torch.empty(5, 6, device=DEVICE), ValueError),
-        (torch.empty(5, 7, device=DEVICE, dtype=torch.float16), TypeError),
-    ):
-        with pytest.raises(error, match=f"{case.name}.out: expected"):
-            table.forward_out(x, *case.parameters, out=wrong)
-
-
-@pytest.mark.parametrize("case", cases(PARAMETERS), ids=str)
-@all_backends
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "gapped_permuted", "scalar"])
-def test_opcheck(case, backend, dtype, layout):
-    x = make(layout, dtype)
-    table, parameters = kernels(backend, case), case.parameters
-    y = torch.zeros_like(x)
-    grad_output = torch.randn(y.shape[::-1], dtype=dtype, device=DEVICE)
-    grad_output = grad_output.permute(tuple(range(y.dim()))[::-1])
-    calls = [
-        (table.forward, (x, *parameters), {}),
-        (table.forward_out, (x, *parameters), {"out": y}),
-    ]
-    if case.activation.saves == "mask":
-        mask = table.forward_with_mask(x, *parameters)[1]
-        calls += [
-            (table.forward_with_mask, (x, *parameters), {}),
-            (table.forward_with_mask_out, (x, *parameters), {"out": y}),
-            (table.backward, (grad_output, mask, *parameters, list(y.stride())), {}),
-        ]
-    if case.activation.saves == "x":
-        calls += [(table.backward, (grad_output, x, *parameters), {})]
-    if table.backward_from_output is not None:
-        calls += [(table.backward_from_output, (grad_output, y, *parameters), {})]
-    for op, args, kwargs in calls:
-        torch.library.opcheck(op, args, kwargs)
-
-
-@all_cases
-@all_backends
-def test_forced_backend_under_compile_is_one_opaque_op(case, backend):
-    torch._dynamo.reset()
-    graphs = []
-
-    def record(graph_module, inputs):
-        graphs.append(graph_module)
-        return graph_module
-
-    compiled = torch.compile(case.function, fullgraph=True, backend=record)
-    x = torch.randn(40, device=DEVICE)
-    accuracy.assert_near(case, "forward", compiled(x), x)
-    (call,) = [node for node in graphs[0].graph.nodes if node.op == "call_function"]
-    assert call.target is kernels(backend, case).forward
-    x.requires_grad_()
-    y = torch.compile(case.function, fullgraph=True, backend="aot_eager")(x)
-    (grad,) = torch.autograd.grad(y, x, torch.ones_like(y))
-    accuracy.assert_near(case, "derivative", grad, x)
-
-
-@all_backends
-def test_changing_the_backend_recompiles(backend):
-    torch._dynamo.reset()
-    graphs = []
-
-    def record(graph_module, inputs):
-        graphs.append(graph_module)
-        return graph_module
-
-    compiled = torch.compile(fused_act.silu, backend=record)
-    x = torch.randn(3, device=DEVICE)
-    compiled(x)
-    with fused_act.use_backend("torch"):
-        compiled(x)
-    assert len(graphs) == 2
-    assert F.silu in [node.target for node in graphs[1].graph.nodes]
-
-
-@all_cases
-@pytest.mark.parametrize("backend", [*BACKENDS, "torch"])
-@pytest.mark.parametrize("strict", [False, True])
-def test_exports_torchs_op(case, backend, strict):
-    """Of float64 too, which the kernels refuse."""
-
-    class Module(nn.Module):
-        def __init__(self, function):
-            super().__init__()
-            self.function = function
-
-        def forward(self, x):
-            return self.function(x)
-
-    x = torch.randn(40, device=DEVICE, dtype=torch.float64)
-    ours, theirs = (
-        torch.export.export(Module(function), (x,), strict=strict)
-        for function in (case.function, case.torch_function)
-    )
-    assert ours.graph_module.code == theirs.graph_module.code
-    assert torch.equal(ours.module()(x), case.torch_function(x))
-
-
-@pytest.mark.skipif(not INTERPRET, reason="for Triton's interpreter")
+@pytest.mark.full
+@pytest.mark.interpreted
 def test_what_compute_sanitizer_is_to_watch_runs(capsys):
     sanitize.main(["--backends", "triton", "--sizes", "0", "1", "9", "--offsets", "0", "3"])
-    count = 18 * (len(CASES) + 6)
+    count = 18 * (len(CASES) + 2 * len(sanitize.MATRICES))
     assert capsys.readouterr().out == f"sanitize: {count} tensors through triton\n"
+
+
+@of_family("weighted")
+@all_backends
+@pytest.mark.parametrize("asked", ["x", "weight", "both"])
+def test_gradients_that_are_asked_for(case, backend, asked):
+    """And second ones, as torch's."""
+    function = case.facts.function
+    x = torch.randn(3, 4, 5, device=DEVICE, requires_grad=asked != "weight")
+    weight = torch.rand(4, device=DEVICE, requires_grad=asked != "x")
+    leaves = [leaf for leaf in (x, weight) if leaf.requires_grad]
+
+    def derivatives(f):
+        y = f(x, weight)
+        grads = torch.autograd.grad(y, leaves, torch.cos(y.detach()), create_graph=True)
+        twice = torch.autograd.grad(
+            sum((grad**2).sum() for grad in grads), leaves, allow_unused=True
+        )
+        return y, *grads, *twice
+
+    for ours, theirs in zip(derivatives(function), derivatives(case.facts.torch_function)):
+        if theirs is None:
+            assert ours is None
+        else:
+            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+    y = function(x, weight)
+    y.backward(torch.ones_like(y))
+    assert (x.grad is None) == (asked == "weight")
+    assert (weight.grad is None) == (asked == "x")
+
+
+@all_backends
+def test_autocast_casts_both_as_torch_does(backend):
+    x, weight = torch.randn(3, 4, device=DEVICE, requires_grad=True), torch.rand(4, device=DEVICE)
+    weight.requires_grad_()
+    with torch.autocast(DEVICE, dtype=torch.float16):
+        ours, theirs = fused_act.prelu(x, weight), F.prelu(x, weight)
+    assert ours.dtype is torch.float16
+    torch.testing.assert_close(ours, theirs)
+    grads = torch.autograd.grad(ours.sum(), (x, weight))
+    for grad, expected in zip(grads, torch.autograd.grad(theirs.sum(), (x, weight))):
+        assert grad.dtype is torch.float32
+        torch.testing.assert_close(grad, expected, rtol=2e-3, atol=2e-3)
+
+
+@of_family("weighted")
+@all_backends
+def test_a_weight_of_no_dimension_and_one_with_gaps(case, backend):
+    x = torch.randn(3, 4, device=DEVICE)
+    for weight in (torch.tensor(0.5, device=DEVICE), torch.rand(8, device=DEVICE)[::2]):
+        weight.requires_grad_()
+        y = case.facts.function(x, weight)
+        expected = case.row.torch_forward(x, weight)
+        torch.testing.assert_close(y, expected)
+        (grad,) = torch.autograd.grad(y.sum(), weight)
+        (theirs,) = torch.autograd.grad(expected.sum(), weight)
+        torch.testing.assert_close(grad, theirs)
+
+
+@of_family("mirrored")
+@all_backends
+def test_a_forced_backend_runs_its_kernels(case, backend):
+    x = torch.randn(4, 6, device=DEVICE, requires_grad=True)
+    with profile(activities=[ProfilerActivity.CPU]) as profiled:
+        y = case.function(x)
+        case.function(x.detach())
+        with fused_act.use_backend("torch"):  # backward stays with the backend of forward
+            y.sum().backward()
+    names = {event.name for event in profiled.events()}
+    op = f"fused_act_{backend}::{case.name}"
+    expected = {op, f"{op}_with_mask", f"{op}_backward"}
+    assert expected <= names
+    assert "aten::cat" not in names
+
+
+@of_family("mirrored")
+@all_backends
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "transposed", "gapped"])
+def test_mirrored_second_derivative(case, backend, layout):
+    values = make(layout, torch.float32)
+
+    def run(function):
+        x = values.detach().requires_grad_()
+        weight = torch.linspace(-2, 2, 2 * x.numel(), device=DEVICE)
+        weight = weight.view(function(x).shape).requires_grad_()
+        (first,) = torch.autograd.grad(function(x), x, weight, create_graph=True)
+        return first, *torch.autograd.grad(first.pow(2).sum(), (x, weight))
+
+    for ours, theirs in zip(run(case.function), run(case.torch_function)):
+        assert_equal(ours, theirs)

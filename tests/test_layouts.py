@@ -1,7 +1,7 @@
 """Sizes, offsets, strides, guard bands: the kernel path on tensors of every shape and layout.
 
-On a GPU both backends run. Without one the Triton kernels run in the interpreter:
-`TRITON_INTERPRET=1 pytest tests/test_layouts.py -m "not gpu"`.
+On a GPU both backends run, without one the Triton kernels in the interpreter. The loops of the CUDA
+kernels run on the host in test_host_kernels.py.
 """
 
 import functools
@@ -9,55 +9,46 @@ import functools
 import pytest
 import torch
 
+import fused_act
 from fused_act import ops
 from fused_act.backends import triton
-from fused_act.families import elementwise, raw_op
-from tests import accuracy
-from tests.cases import (
+from fused_act.families import elementwise, mirrored, raw_op, weighted
+from fused_act.families.mirrored import Layout
+from fused_act.families.raw_op import is_dense
+from tests.shared import accuracy, matrices
+from tests.shared.cases import (
     BACKENDS,
     CASES,
     DEVICE,
-    GRAD_LAYOUTS,
     INTERPRET,
+    all_backends,
+    all_dtypes,
+    all_rows,
+    elementwise_rows,
+    of_family,
+)
+from tests.shared.layouts import (
+    GRAD_LAYOUTS,
     LARGE,
     LAYOUTS,
     SIZES,
     Guarded,
-    all_backends,
-    all_cases,
-    all_dtypes,
     all_layouts,
+    check,
 )
 
 pytestmark = pytest.mark.usefixtures("forced")
 
-
-def steps(x):
-    """The strides that something steps by: torch's ops differ in those of sizes 0 and 1."""
-    return [step for size, step in zip(x.shape, x.stride()) if size > 1] if x.numel() else []
-
-
-def check(case, x, *make_grad_outputs):
-    """y, with and without grad, and grad_input: values, and torch's strides."""
-    x = x.detach().requires_grad_()
-    expected = case.torch_function(x.detach())
-    y, inference = case.function(x), case.function(x.detach())
-    for result in (y.detach(), inference):
-        assert result.shape == expected.shape
-        assert steps(result) == steps(expected)
-        accuracy.assert_near(case, "forward", result, x)
-    for make_grad_output in make_grad_outputs:
-        grad_output = make_grad_output(y)
-        (grad_input,) = torch.autograd.grad(y, x, grad_output, retain_graph=True)
-        assert grad_input.stride() == torch.empty_like(x).stride()
-        accuracy.assert_near(case, "derivative", grad_input, x, grad_output)
+# The interpreter takes long for all sizes, so that one test takes a part of them.
+PARTS = 3
+all_parts = pytest.mark.parametrize("part", range(PARTS), ids=lambda part: f"part{part}")
 
 
-@all_cases
+@all_rows
 @all_backends
 @all_dtypes
 @all_layouts
-def test_layouts(case, backend, dtype, layout):
+def test_every_layout(case, backend, dtype, layout):
     """Every layout of x, each with every layout of grad_output."""
     x = LAYOUTS[layout](dtype=dtype, device=DEVICE)
     before = x.clone()
@@ -65,12 +56,13 @@ def test_layouts(case, backend, dtype, layout):
     assert torch.equal(x, before)
 
 
-@all_cases
+@all_rows
 @all_backends
 @all_dtypes
-def test_sizes_and_offsets(case, backend, dtype):
+@all_parts
+def test_sizes_and_offsets(case, backend, dtype, part):
     """Every size, at every storage offset; at one of them in the interpreter, which sees none."""
-    for size in SIZES:
+    for size in SIZES[part::PARTS]:
         for offset in [size % 9] if INTERPRET else range(9):
             x = 4 * torch.randn(size + offset, device=DEVICE).to(dtype)[offset:]
             check(case, x, torch.randn_like)
@@ -78,21 +70,27 @@ def test_sizes_and_offsets(case, backend, dtype):
 
 @pytest.mark.parametrize("case", [CASES[0], CASES[-1]], ids=str)
 @all_backends
-def test_a_large_odd_size(case, backend):
-    check(case, 4 * torch.randn(LARGE, device=DEVICE).bfloat16(), torch.randn_like)
+@pytest.mark.parametrize("size", [2**16 + 1, pytest.param(LARGE, marks=pytest.mark.full)])
+def test_a_large_odd_size(case, backend, size):
+    """Many blocks. The interpreter takes a minute for the larger one."""
+    check(case, 4 * torch.randn(size, device=DEVICE).bfloat16(), torch.randn_like)
 
 
-@all_cases
+@all_rows
 @all_backends
 def test_negative_bit_views(case, backend):
     """Their data_ptr() leads to values of the other sign."""
     x = torch.randn(9, dtype=torch.complex64, device=DEVICE).conj().imag
     assert x.is_neg()
-    accuracy.assert_near(case, "forward", case.function(x), x.resolve_neg())
+    torch.testing.assert_close(case.function(x), case.function(x.resolve_neg()))
     leaf = torch.randn(9, device=DEVICE, requires_grad=True)
-    grad_output = torch.randn(9, dtype=torch.complex64, device=DEVICE).conj().imag
-    (grad,) = torch.autograd.grad(case.function(leaf), leaf, grad_output)
-    accuracy.assert_near(case, "derivative", grad, leaf, grad_output.resolve_neg())
+    y = case.function(leaf)
+    grad_output = torch.randn(y.numel(), dtype=torch.complex64, device=DEVICE).conj().imag
+    grads = (
+        torch.autograd.grad(y, leaf, each, retain_graph=True)
+        for each in (grad_output, grad_output.resolve_neg())
+    )
+    torch.testing.assert_close(*grads)
 
 
 @pytest.mark.parametrize("backend", BACKENDS[:1])
@@ -109,7 +107,7 @@ def test_one_by_one_images_are_not_copied(backend):
     assert torch.equal(copy, other)
 
 
-@all_cases
+@elementwise_rows
 @all_backends
 @all_dtypes
 def test_nothing_outside_out_is_written(case, backend, dtype):
@@ -122,17 +120,17 @@ def test_nothing_outside_out_is_written(case, backend, dtype):
         out.assert_untouched_outside()
 
 
-@all_cases
-@pytest.mark.parametrize("backend", BACKENDS[:1])
-@all_dtypes
-def test_nothing_outside_an_allocation_is_written(case, backend, dtype, monkeypatch):
-    """y, mask and grad_input, which the Triton backend allocates, each between guard bands."""
-    allocated = []
+@pytest.fixture
+def allocated(monkeypatch):
+    """What the Triton backend allocates, each between guard bands, as it comes."""
+    found = []
 
     def empty_strided(size, stride, dtype, device):
-        numel = torch.Size(size).numel()
-        allocated.append(Guarded(numel, dtype, device=device))
-        return allocated[-1].inside.as_strided(size, stride, allocated[-1].inside.storage_offset())
+        found.append(Guarded(torch.Size(size).numel(), dtype, device=device))
+        return found[-1].inside.as_strided(size, stride, found[-1].inside.storage_offset())
+
+    def empty(size, dtype, device):
+        return empty_strided(size, torch.empty(size, device="meta").stride(), dtype, device)
 
     def empty_like(x):
         stride = torch.empty_like(x, device="meta").stride()
@@ -144,25 +142,105 @@ def test_nothing_outside_an_allocation_is_written(case, backend, dtype, monkeypa
         __getattr__ = staticmethod(functools.partial(getattr, torch))
 
     guarded = Torch()
-    guarded.empty_like, guarded.empty_strided = empty_like, empty_strided
-    guarded.empty = lambda size, dtype, device: empty_strided(size, (1,), dtype, device)
-    monkeypatch.setattr(raw_op, "torch", guarded)
-    monkeypatch.setattr(elementwise, "torch", guarded)
-    kernels = triton.implementations(case.activation)
-    for size in SIZES:
-        x = 4 * torch.randn(size, device=DEVICE).to(dtype)
-        grad_output = torch.randn_like(x)
-        layout, backward = (), f"{case.name}_backward"
-        if case.activation.saves == "mask":
-            y, saved = kernels[f"{case.name}_with_mask"](x, *case.parameters)
-            layout = ([1],)
-        else:
-            y = kernels[case.name](x, *case.parameters)
-            saved = y if case.activation.saves == "y" else x
-            backward += "_from_output" * (saved is y)
-        grad = kernels[backward](grad_output, saved, *case.parameters, *layout)
-        accuracy.assert_near(case, "forward", y, x)
-        accuracy.assert_near(case, "derivative", grad, x, grad_output)
-    assert len(allocated) == len(SIZES) * (3 if case.activation.saves == "mask" else 2)
+    guarded.empty, guarded.empty_like, guarded.empty_strided = empty, empty_like, empty_strided
+    for module in (raw_op, elementwise, weighted, mirrored):
+        monkeypatch.setattr(module, "torch", guarded)
+    return found
+
+
+@all_rows
+@pytest.mark.parametrize("backend", BACKENDS[:1])
+@all_dtypes
+@all_parts
+def test_nothing_outside_an_allocation_is_written(case, backend, dtype, part, allocated):
+    """y, twice, mask and grad_input; the CUDA kernels' loops are tested so on the host.
+
+    The sums of a weight's gradient are not guarded: `test_layouts_and_sums` adds them up.
+    """
+    kernels = triton.implementations(case.row)
+    is_matrix = case.row.family != "elementwise"
+    sizes = (matrices.COLUMNS if is_matrix else SIZES)[part::PARTS]
+    for i, size in enumerate(sizes):
+        # Rows of every length.
+        shape = ((1, 3, 67)[i % 3] if size < 64 else 3, size) if is_matrix else size
+        x = 4 * torch.randn(shape, device=DEVICE)
+        matrices.run_raw_ops(case, kernels, x.to(dtype))
+    assert len(allocated) == len(sizes) * (4 if case.saves == "mask" else 3)
     for output in allocated:
         output.assert_untouched_outside()
+
+
+# A weight for each channel, and its gradient, which is a sum.
+
+
+@of_family("weighted")
+@all_backends
+@matrices.all_permutations
+@pytest.mark.parametrize("per_channel", [False, True], ids=["one", "per_channel"])
+@all_parts
+def test_layouts_and_sums(case, backend, layout, per_channel, part):
+    """Strides as torch has them, sums as in float64, and twice the same bits."""
+    kernels = fused_act.dispatch.BACKENDS[backend].ready().kernels[case.name]
+    for shape, dtype in matrices.shapes_and_dtypes(layout)[part::PARTS]:
+        x, weight = matrices.inputs(shape, layout, dtype, per_channel)
+        grad_output = torch.randn_like(x)
+        y = kernels.forward(x, weight)
+        grads = kernels.backward(grad_output, x, weight)
+        assert y.stride() == grads[0].stride() == torch.empty_like(x).stride()
+        matrices.check_gradients(case, x, weight, grad_output, y, *grads)
+        again = kernels.backward(grad_output, x, weight)
+        assert all(map(torch.equal, grads, again))
+
+
+# A mirrored output, along every dimension.
+
+
+def along(case, dim):
+    """Ours and torch's, along `dim`."""
+    return (functools.partial(f, dim=dim) for f in (case.facts.function, case.facts.torch_function))
+
+
+@of_family("mirrored")
+@all_backends
+@all_layouts
+def test_mirrored_layouts(case, backend, layout):
+    """Every layout of x along every dimension, with every layout of grad_output."""
+    x = LAYOUTS[layout](dtype=torch.float32, device=DEVICE)
+    for dim in range(-x.dim(), x.dim()):
+        # They are many, and dimensions from the back are those from the front.
+        makes = GRAD_LAYOUTS.values() if dim < 0 else [torch.randn_like]
+        matrices.assert_as_torch(*along(case, dim), x, *makes)
+
+
+@of_family("mirrored")
+@all_backends
+@all_dtypes
+def test_mirrored_sizes(case, backend, dtype):
+    """Rows of every length."""
+    for i, columns in enumerate(matrices.COLUMNS):
+        x = 4 * torch.randn((1, 3, 67)[i % 3] if columns < 64 else 3, columns, device=DEVICE)
+        matrices.assert_as_torch(*along(case, 1), x.to(dtype), torch.randn_like)
+
+
+@of_family("mirrored")
+@all_backends
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "channels_last_3d", "gapped"])
+def test_mirrored_strides_are_those_of_cat(case, backend, layout):
+    x = LAYOUTS[layout](dtype=torch.float16, device=DEVICE)
+    for dim in range(x.dim()):
+        ours, theirs = along(case, dim)
+        assert ours(x).stride() == theirs(x).stride()
+
+
+@all_layouts
+def test_mirrored_result_is_dense_in_the_order_of_x(layout):
+    """Also where torch's cat gives up the order: for a transposed x, say."""
+    x = torch.empty_like(LAYOUTS[layout](dtype=torch.float32))
+    for dim in range(x.dim()):
+        made = Layout.of(x.shape, x.stride(), dim)
+        assert is_dense(made.shape, made.stride)
+        assert made.rows * made.columns == x.numel()
+        stepped = [i for i in range(x.dim()) if x.shape[i] > 1]
+        if x.numel() > 0:
+            by_stride = sorted(stepped, key=x.stride().__getitem__)
+            assert sorted(stepped, key=made.stride.__getitem__) == by_stride

@@ -12,92 +12,68 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import machine_code
-from benchmarks.machine_code import Kernel
 from fused_act.activations import FAMILIES
 from fused_act.backends import triton
 from fused_act.backends.cuda import extension
-from tests.cases import all_dtypes, both_16_bit_dtypes
-
-ELEMENTWISE = FAMILIES["elementwise"]
+from tests.shared import kernels, machine_code
+from tests.shared.cases import all_dtypes, both_16_bit_dtypes, of_family
+from tests.shared.facts import FACTS
+from tests.shared.kernels import VARIANTS
+from tests.shared.machine_code import Kernel
 
 MAKEFILE = Path(__file__).parent.parent / "Makefile"
-
-# Instructions for an element on sm_90, load, store and conversion included: forward, with a mask
-# where there is one, and each backward. Memory speed on an H200 allows 31 and 47 in 16 bits, in
-# fp32 twice that.
-BUDGETS = {
-    ("triton", 16): {
-        "mish": (13, 19),
-        "swish": (10, 18),
-        "relu6": (11, 5),
-        "sigmoid": (9, 9),
-        "tanh": (17, 9),
-        "relu": (6, 5),
-        "leaky_relu": (8, 7),
-        "selu": (14, 11, 10),
-    },
-    ("cuda", 16): {
-        "mish": (14, 20),
-        "swish": (11, 19),
-        "relu6": (11, 7),
-        "sigmoid": (10, 9),
-        "tanh": (19, 9),
-        "relu": (8, 7),
-        "leaky_relu": (9, 7.5),
-        "selu": (17, 13, 12),
-    },
-    ("triton", 32): {
-        "mish": (24, 32),
-        "swish": (26, 32),
-        "relu6": (16, 10),
-        "sigmoid": (18, 7),
-        "tanh": (19, 7),
-        "relu": (14, 10),
-        "leaky_relu": (15, 11),
-        "selu": (19, 21, 10),
-    },
-    ("cuda", 32): {
-        "mish": (27, 33),
-        "swish": (28, 34),
-        "relu6": (14.5, 11),
-        "sigmoid": (21, 10),
-        "tanh": (23, 10),
-        "relu": (12.5, 11),
-        "leaky_relu": (12.5, 11.5),
-        "selu": (22, 24, 13),
-    },
-}
-
-# What clamps, in which widths; elsewhere a test that found no clamp would prove nothing.
-CLAMPED = {
-    ("mish", "forward"): (16, 32),
-    ("mish", "backward"): (16, 32),
-    ("swish", "forward"): (32,),
-    ("swish", "backward"): (16, 32),
-    ("relu6", "forward"): (16, 32),
-    ("relu", "forward"): (16, 32),
-    ("sigmoid", "forward"): (32,),
-    ("selu", "backward"): (32,),
-}
-
 CAPABILITIES = {"triton": (80, 90, 100, 120), "cuda": (80, 86, 89, 90, 100, 120)}
-BACKENDS_BY_NAME = {
-    "triton": pytest.mark.skipif(
-        importlib.util.find_spec("triton") is None or triton.INTERPRET, reason="needs triton"
-    ),
+needs = {
+    "triton": pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton"),
     "cuda": pytest.mark.skipif(extension() is None, reason="needs the CUDA extension"),
 }
-BACKENDS = [pytest.param(name, marks=mark) for name, mark in BACKENDS_BY_NAME.items()]
+BACKENDS = [pytest.param(name, marks=mark) for name, mark in needs.items()]
+all_backends = pytest.mark.parametrize("backend", BACKENDS)
 
 
-def named(row, direction, masked):
-    suffix = "-masked" if masked else ""
-    return pytest.param(row, direction, masked, id=f"{row.name}-{direction}{suffix}")
+def computes(variant):
+    """Whether it computes anything: what a mask lets through passes as it is."""
+    return not (variant.masked and variant.direction == "backward")
 
 
-KERNELS = [named(*kernel) for kernel in machine_code.kernels()]
-all_kernels = pytest.mark.parametrize(("activation", "direction", "masked"), KERNELS)
+def targets(*families, where=lambda variant: True):
+    """The kernels of some families for every architecture, of which `make test` takes one.
+
+    Triton takes seconds to compile one that sees a matrix: those are compiled for sm_90 alone.
+    """
+    return pytest.mark.parametrize(
+        ("backend", "capability", "variant"),
+        [
+            pytest.param(
+                backend,
+                capability,
+                variant,
+                id=f"{backend}-sm_{capability}-{variant}",
+                marks=[needs[backend], *([] if capability == 90 else [pytest.mark.full])],
+            )
+            for backend, capabilities in CAPABILITIES.items()
+            for capability in capabilities
+            for variant in VARIANTS
+            if variant.row.family in families and where(variant)
+            if capability == 90 or backend == "cuda" or variant.row.family == "elementwise"
+        ],
+    )
+
+
+all_variants = pytest.mark.parametrize("variant", VARIANTS, ids=str)
+# Registers of a thread at most, so that enough warps fit on an SM. Those with weights hold sums.
+REGISTERS = {
+    "elementwise": {"triton": 40, "cuda": 40},
+    "mirrored": {"triton": 48, "cuda": 40},
+    "weighted forward": {"triton": 40, "cuda": 64},
+    "weighted backward": {"triton": 80, "cuda": 64},
+}
+
+
+def of(*families, where=lambda variant: True):
+    """The kernels of some families."""
+    found = [variant for variant in VARIANTS if variant.row.family in families and where(variant)]
+    return pytest.mark.parametrize("variant", found, ids=str)
 
 
 @functools.cache
@@ -106,11 +82,10 @@ def extension_kernels(capability):
 
 
 @functools.cache
-def compiled(backend, activation, direction, masked, dtype, capability) -> Kernel:
+def compiled(backend, variant, dtype, capability) -> Kernel:
     if backend == "triton":
-        return machine_code.triton_kernel(activation, direction, masked, dtype, capability)
-    found = extension_kernels(capability)
-    return machine_code.cuda_kernel(found, activation, direction, masked, dtype, capability)
+        return kernels.triton_kernel(variant, dtype, capability)
+    return kernels.cuda_kernel(extension_kernels(capability), variant, dtype, capability)
 
 
 def skip_unless_counted(backend):
@@ -119,18 +94,11 @@ def skip_unless_counted(backend):
         pytest.skip(f"counts are those of triton {counted}")
 
 
-@BACKENDS_BY_NAME["triton"]
-@pytest.mark.parametrize(
-    ("row", "direction", "masked"),
-    [named(*kernel) for kernel in (*machine_code.kernels(), *machine_code.matrix_kernels())],
-)
-def test_every_triton_kernel_compiles(row, direction, masked):
-    """`make test` runs this with the oldest Triton that is supported, too."""
-    elementwise = row.family == "elementwise"
-    compile_ = machine_code.triton_kernel if elementwise else machine_code.triton_matrix_kernel
-    assert compile_(row, direction, masked, torch.bfloat16, 90).accesses("STG")
-    if row.family == "weighted":  # the above is for a weight of each row
-        machine_code.compile_triton_weighted(row, direction, True, torch.bfloat16, 90)
+@needs["triton"]
+@all_variants
+def test_every_triton_kernel_compiles(variant):
+    """`make test-all` runs this with the oldest Triton that is supported, too."""
+    assert kernels.triton_kernel(variant, torch.bfloat16, 90).accesses("STG")
 
 
 def test_the_oldest_triton_that_is_tested_is_the_oldest_that_is_supported():
@@ -138,88 +106,116 @@ def test_the_oldest_triton_that_is_tested_is_the_oldest_that_is_supported():
     assert tuple(map(int, tested.split(".")))[:2] == triton.MINIMUM
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@all_kernels
+@all_backends
+@all_variants
 @all_dtypes
-def test_instructions_for_an_element(
-    backend, activation, direction, masked, dtype, record_property
-):
+def test_instructions_for_an_element(backend, variant, dtype, record_property):
     skip_unless_counted(backend)
-    kernel = compiled(backend, activation, direction, masked, dtype, 90)
+    kernel = compiled(backend, variant, dtype, 90)
     record_property("instructions per element", kernel.per_element())
-    budget = dict(
-        zip(directions(activation), BUDGETS[backend, 8 * dtype.itemsize][activation.name])
-    )
-    assert kernel.per_element() <= budget[direction]
+    of_row = [each for each in VARIANTS if each.row is variant.row]
+    budgets = FACTS[variant.row.name].budgets[backend, 8 * dtype.itemsize]
+    assert len(budgets) == len(of_row)
+    assert kernel.per_element() <= budgets[of_row.index(variant)]
 
 
-def directions(activation) -> dict[str, None]:
-    return dict.fromkeys(
-        direction for each, direction, _ in machine_code.kernels() if each is activation
-    )
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-@all_kernels
+@needs["triton"]
+@of("mirrored")
+@pytest.mark.parametrize("columns", [16, 64])
 @all_dtypes
-def test_registers_suffice_and_leave_room_for_other_warps(
-    backend, activation, direction, masked, dtype
-):
+def test_instructions_of_short_rows(variant, columns, dtype):
+    skip_unless_counted("triton")
+    kernel = kernels.triton_kernel(variant, dtype, 90, columns)
+    of_row = [each for each in VARIANTS if each.row is variant.row]
+    budget = FACTS[variant.row.name].budgets["triton", 8 * dtype.itemsize]
+    assert kernel.per_element() <= budget[of_row.index(variant)]
+    assert kernel.spills() == 0
+    assert kernel.registers <= REGISTERS["mirrored"]["triton"]
+    loads, stores = kernel.accesses("LDG"), kernel.accesses("STG")
+    assert loads.count(128) == 2 * variant.inputs
+    assert stores.count(128) == 2 * variant.outputs
+    assert {*loads, *stores} - {128} == ({8} if variant.masked else set())
+    assert not [one for one in kernel.hot_path if one.opcode.startswith("CALL")]
+
+
+@targets(*FAMILIES)
+@all_dtypes
+def test_registers_suffice_and_leave_room_for_other_warps(backend, capability, variant, dtype):
     skip_unless_counted(backend)
-    for capability in CAPABILITIES[backend]:
-        kernel = compiled(backend, activation, direction, masked, dtype, capability)
-        assert kernel.registers <= 40
-        assert kernel.spills() == 0
+    kernel = compiled(backend, variant, dtype, capability)
+    family = variant.row.family
+    limits = REGISTERS.get(family) or REGISTERS[f"{family} {variant.direction}"]
+    assert kernel.registers <= limits[backend]
+    spills = FACTS[variant.row.name].spills.get((backend, variant.by_column), 0)
+    assert kernel.spills() <= (spills if variant.direction == "backward" else 0)
 
 
-def inputs(direction, masked) -> int:
-    return 1 if direction == "forward" or masked else 2
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-@all_kernels
+@targets("elementwise", "mirrored")
 @all_dtypes
-def test_accesses_are_as_wide_as_can_be(backend, activation, direction, masked, dtype):
+def test_accesses_are_as_wide_as_can_be(backend, capability, variant, dtype):
     """But for the mask: one a thread and tensor in CUDA C++, two in Triton.
 
-    Triton has none of 32 bytes (its pull request 9868).
+    Triton has none of 32 bytes (its pull request 9868), and mirrored CUDA kernels take none.
     """
-    for capability in CAPABILITIES[backend]:
-        kernel = compiled(backend, activation, direction, masked, dtype, capability)
-        width = 256 if backend == "cuda" and capability >= 100 else 128
-        of_thread = 1 if backend == "cuda" else 2
-        loads, stores = kernel.accesses("LDG"), kernel.accesses("STG")
-        assert loads.count(width) == of_thread * inputs(direction, masked)
-        assert stores.count(width) == of_thread
-        assert {*loads, *stores} - {width} == ({8} if masked else set())
+    kernel = compiled(backend, variant, dtype, capability)
+    elementwise = variant.row.family == "elementwise"
+    width = 256 if backend == "cuda" and capability >= 100 and elementwise else 128
+    of_thread = 1 if backend == "cuda" else 2
+    loads, stores = kernel.accesses("LDG"), kernel.accesses("STG")
+    assert loads.count(width) == of_thread * variant.inputs
+    assert stores.count(width) == of_thread * variant.outputs
+    assert {*loads, *stores} - {width} == ({8} if variant.masked else set())
+    assert not [one for one in kernel.hot_path if one.opcode.startswith("CALL")]
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@all_kernels
+@targets("weighted")
 @all_dtypes
-def test_clamps_let_nan_through(backend, activation, direction, masked, dtype):
+def test_accesses_with_weights_are_wide(backend, capability, variant, dtype):
+    kernel = compiled(backend, variant, dtype, capability)
+    loads, stores = kernel.accesses("LDG"), kernel.accesses("STG")
+    assert 128 * loads.count(128) >= 8 * 32 * variant.inputs
+    assert 128 * stores.count(128) >= 8 * 32  # the path of a cut tile has wide ones too
+    # Of 4 bytes are weights, and the sums for them.
+    assert {*loads, *stores} <= {128, 64, 32}
+
+
+@needs["cuda"]
+@of_family("weighted")
+@all_dtypes
+@pytest.mark.parametrize("by_column", [False, True], ids=["by_row", "by_column"])
+def test_narrow_accesses_spill_little(case, by_column, dtype):
+    """What rows of odd lengths run, whose threads have more runs and so more weights and sums."""
+    found = extension_kernels(90)
+    for direction in ("forward", "backward"):
+        variant = kernels.Variant(case.row, direction, by_column=by_column)
+        for access in [bytes_ for bytes_ in (2, 4, 8) if bytes_ >= dtype.itemsize]:
+            name, _ = kernels.find_weighted(list(found), variant, dtype, 90, access)
+            local = [one for one in found[name].instructions if one.opcode[:3] in ("LDL", "STL")]
+            assert len(local) <= 64
+            assert found[name].registers <= 128
+
+
+@targets("elementwise", where=computes)
+@all_dtypes
+def test_clamps_let_nan_through(backend, capability, variant, dtype):
     """The plain forms drop NaN, and neither the interpreter nor the host shows it."""
-    if masked and direction == "backward":
-        pytest.skip("the mask alone decides; nothing is clamped")
-    for capability in CAPABILITIES[backend]:
-        kernel = compiled(backend, activation, direction, masked, dtype, capability)
-        opcodes = {one.opcode for one in kernel.hot_path}
-        clamps = {opcode for opcode in opcodes if re.match("[FH]MNMX", opcode)}
-        assert all(".NAN" in opcode for opcode in clamps)
-        # A conversion that clamps at 0 on its way keeps NaN, as the PTX manual has it of cvt.relu.
-        clamps |= {opcode for opcode in opcodes if ".RELU" in opcode}
-        clamped = 8 * dtype.itemsize in CLAMPED.get((activation.name, direction), ())
-        assert bool(clamps) is clamped
+    kernel = compiled(backend, variant, dtype, capability)
+    opcodes = {one.opcode for one in kernel.hot_path}
+    clamps = {opcode for opcode in opcodes if re.match("[FH]MNMX", opcode)}
+    assert all(".NAN" in opcode for opcode in clamps)
+    # A conversion that clamps at 0 on its way keeps NaN, as the PTX manual has it of cvt.relu.
+    clamps |= {opcode for opcode in opcodes if ".RELU" in opcode}
+    # Elsewhere a test that found no clamp would prove nothing.
+    clamped = FACTS[variant.row.name].clamps.get(variant.direction, ())
+    assert bool(clamps) is (8 * dtype.itemsize in clamped)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@all_kernels
+@all_backends
+@of("elementwise", where=computes)
 @both_16_bit_dtypes
-def test_results_round_to_nearest(backend, activation, direction, masked, dtype):
+def test_results_round_to_nearest(backend, variant, dtype):
     """The other modes show in the opcode; the conversions of the host are not the device's."""
-    if masked and direction == "backward":
-        pytest.skip("a gradient passes as it is")
-    kernel = compiled(backend, activation, direction, masked, dtype, 90)
+    kernel = compiled(backend, variant, dtype, 90)
     opcodes = [one.opcode for one in kernel.hot_path]
     conversions = [opcode for opcode in opcodes if opcode.startswith("F2F")]
     # Triton 3.9 clamps in 16 bits, which rounds nothing.
@@ -227,16 +223,21 @@ def test_results_round_to_nearest(backend, activation, direction, masked, dtype)
     assert not [opcode for opcode in conversions if {"RZ", "RM", "RP"} & set(opcode.split("."))]
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("activation", ELEMENTWISE[:2], ids=lambda activation: activation.name)
-@pytest.mark.parametrize("direction", ["forward", "backward"])
+WITH_SPECIAL_FUNCTIONS = [
+    variant for variant in VARIANTS if FACTS[variant.row.name].special_functions
+]
+
+
+@all_backends
+@pytest.mark.parametrize("variant", WITH_SPECIAL_FUNCTIONS, ids=str)
 @all_dtypes
-def test_one_exponential_one_reciprocal(backend, activation, direction, dtype):
-    kernel = compiled(backend, activation, direction, False, dtype, 90)
+def test_one_exponential_one_reciprocal(backend, variant, dtype):
+    """Or whatever special functions the row names: each once for an element, and no other."""
+    kernel = compiled(backend, variant, dtype, 90)
     opcodes = [one.opcode for one in kernel.hot_path]
-    assert opcodes.count("MUFU.EX2") == kernel.elements_per_thread
-    assert opcodes.count("MUFU.RCP") == kernel.elements_per_thread
-    assert {opcode for opcode in opcodes if "MUFU" in opcode} == {"MUFU.EX2", "MUFU.RCP"}
+    names = {f"MUFU.{name}" for name in FACTS[variant.row.name].special_functions}
+    assert {opcode for opcode in opcodes if "MUFU" in opcode} == names
+    assert [opcodes.count(name) for name in names] == [kernel.elements_per_thread] * len(names)
 
 
 def test_inline_ptx_is_what_has_no_other_name():
@@ -251,27 +252,45 @@ def test_inline_ptx_is_what_has_no_other_name():
 WIDENING = re.compile(r"(mul|mad)\.wide\.[su]32|cvt\.[su]64\.[su]32")
 
 
-@BACKENDS_BY_NAME["triton"]
-@all_kernels
+@needs["triton"]
+@of("elementwise")
 @all_dtypes
-def test_triton_addresses_have_64_bits(activation, direction, masked, dtype):
+def test_triton_addresses_have_64_bits(variant, dtype):
     """The block index grows to 64 bits in the first step: a 32-bit product wraps after 2^31."""
-    compiled = machine_code.compile_triton(activation, direction, masked, dtype, 90)
-    (uses,) = machine_code.block_index_uses(compiled.asm["ptx"]).values()
+    code = kernels.compile_triton(variant, dtype, 90).asm["ptx"]
+    (uses,) = machine_code.block_index_uses(code).values()
     assert uses
     assert all(map(WIDENING.fullmatch, uses)), uses
 
 
-@BACKENDS_BY_NAME["cuda"]
+@needs["triton"]
+@of("mirrored")
+@pytest.mark.parametrize("columns", [16, 64, kernels.LONG_ROWS])
+def test_mirrored_triton_addresses_have_64_bits(variant, columns):
+    """Row and column of the tile, which 32 bits hold, grow to 64 before they are multiplied.
+
+    The columns may be 2^31 - 1, so nothing is added to them in 32 bits.
+    """
+    code = kernels.compile_triton(variant, torch.bfloat16, 90, columns).asm["ttir"]
+    assert not re.search(r"addi %columns\b", code)
+    (index,) = re.findall(r"(%\S+) = tt\.get_program_id x", code)
+    parts = re.findall(rf"(%\S+) = arith\.(?:divsi|remsi) {index}, ", code)
+    assert len(parts) == 2
+    for part in (index, *parts):
+        uses = re.findall(rf"= (\S+) .*{re.escape(part)}(?![\w.])", code)
+        assert uses
+        assert set(uses) <= {"arith.divsi", "arith.remsi", "arith.extsi"}
+
+
+@needs["cuda"]
 def test_cuda_addresses_have_64_bits():
     found = machine_code.block_index_uses(machine_code.cuda_ptx(extension()))
-    # Those with weights divide the block index first; host_weighted.cpp runs their arithmetic.
+    # Those with weights divide the block index first; host/weighted.cpp runs their arithmetic.
     found = {kernel: uses for kernel, uses in found.items() if "weighted" not in kernel}
-    # Five widths for each 16-bit dtype, four for fp32. What is mirrored has no 32-byte accesses; it
-    # has two kernels forward, one backward.
-    mirrored = sum("mirrored" in kernel for kernel in found)
-    assert mirrored == len(FAMILIES["mirrored"]) * 3 * (4 + 4 + 3)
-    assert len(found) - mirrored == len(KERNELS) * (5 + 5 + 4)
+    # Five widths for each 16-bit dtype, four for fp32. What is mirrored has no 32-byte accesses.
+    widths = {"elementwise": 5 + 5 + 4, "mirrored": 4 + 4 + 3}
+    counts = [widths.get(variant.row.family, 0) for variant in VARIANTS]
+    assert len(found) == sum(counts)
     for kernel, uses in found.items():
         assert uses, kernel
         assert all(map(WIDENING.fullmatch, uses)), (kernel, uses)

@@ -4,8 +4,9 @@ import mpmath
 import pytest
 import torch
 
-from benchmarks import oracle
-from tests.cases import ACCURACY_CASES
+from tests.shared.accuracy import as_fp32
+from tests.shared.cases import ACCURACY_CASES, all_accuracy_cases
+from tests.shared.ulp import ulp_error
 
 mpmath.mp.dps = 60
 
@@ -17,121 +18,55 @@ INPUTS = [
     *(-1.27846 + value / 2**20 for value in range(-20, 20)),
     0.0,
 ]
+SMALLEST = mpmath.mpf(2) ** -149  # the step of fp32, below which nothing is judged
 
 
-def sigmoid(x):
-    return 1 / (1 + mpmath.exp(-x))
-
-
-def mish_forward(x):
-    return x * mpmath.tanh(mpmath.log1p(mpmath.exp(x)))
-
-
-def mish_derivative(x):
-    tanh = mpmath.tanh(mpmath.log1p(mpmath.exp(x)))
-    return tanh + x * (1 - tanh**2) * sigmoid(x)
-
-
-def swish_forward(x, beta):
-    return x * sigmoid(beta * x)
-
-
-def swish_derivative(x, beta):
-    return sigmoid(beta * x) + beta * x * sigmoid(beta * x) * (1 - sigmoid(beta * x))
-
-
-def relu6_forward(x):
-    return min(max(x, 0), 6)
-
-
-def relu6_derivative(x):
-    return mpmath.mpf(0 < x < 6)
-
-
-def sigmoid_forward(x):
-    return sigmoid(x)
-
-
-def sigmoid_derivative_from_output(y):
-    return y * (1 - y)
-
-
-def tanh_forward(x):
-    return mpmath.tanh(x)
-
-
-def tanh_derivative_from_output(y):
-    return 1 - y**2
-
-
-def relu_forward(x):
-    return max(x, mpmath.mpf(0))
-
-
-def relu_derivative(x):
-    return mpmath.mpf(x > 0)
-
-
-def leaky_relu_forward(x, negative_slope):
-    return x if x > 0 else negative_slope * x
-
-
-def leaky_relu_derivative(x, negative_slope):
-    return mpmath.mpf(1) if x > 0 else negative_slope
-
-
-def selu_constants():
-    """For the fixed point of mean 0 and variance 1: Klambauer et al., arXiv:1706.02515."""
-    root_e = mpmath.sqrt(mpmath.e)
-    erfc1, erfc2 = mpmath.erfc(1 / mpmath.sqrt(2)), mpmath.erfc(mpmath.sqrt(2))
-    alpha = -mpmath.sqrt(2 / mpmath.pi) / (erfc1 * root_e - 1)
-    scale = (1 - erfc1 * root_e) * mpmath.sqrt(2 * mpmath.pi)
-    scale /= mpmath.sqrt(
-        2 * erfc2 * mpmath.e**2
-        + mpmath.pi * erfc1**2 * mpmath.e
-        - 2 * (2 + mpmath.pi) * erfc1 * root_e
-        + mpmath.pi
-        + 2
-    )
-    return alpha, scale
-
-
-ALPHA, SCALE = selu_constants()
-
-
-def selu_forward(x):
-    return SCALE * (x if x > 0 else ALPHA * mpmath.expm1(x))
-
-
-def selu_derivative(x):
-    return SCALE * (1 if x > 0 else ALPHA * mpmath.exp(x))
-
-
-def selu_derivative_from_output(y):
-    return SCALE if y > 0 else y + SCALE * ALPHA
-
-
-CASES_AND_KINDS = [
-    (case, kind)
-    for case in ACCURACY_CASES
-    for kind in ("forward", "derivative", "derivative_from_output")
-    if f"{case.name}_{kind}" in globals()
-]
-
-
-@pytest.mark.parametrize(("case", "kind"), CASES_AND_KINDS, ids=str)
-def test_oracle_is_right(case, kind):
-    parameters = torch.tensor(case.parameters).double().tolist()
+def assert_right(case, kind, definition):
+    parameters = as_fp32(case)
     x = torch.tensor(INPUTS, dtype=torch.float64)
-    values = getattr(oracle, kind)(case.name, x, *parameters).tolist()
-    definition = globals()[f"{case.name}_{kind}"]
-    smallest = mpmath.mpf(2) ** -149  # the step of fp32, below which nothing is judged
-    for at, value in zip(INPUTS, values):
-        expected = definition(mpmath.mpf(at), *map(mpmath.mpf, parameters))
+    tensors = [torch.tensor(each).double() for each in parameters]
+    values = getattr(case.facts, kind)(x, *(tensors if case.facts.weights else parameters))
+    for at, value in zip(INPUTS, values.tolist()):
+        expected = definition(mpmath.mp, mpmath.mpf(at), *map(mpmath.mpf, parameters))
         # fp32 has 24 bits. Where the terms of a derivative cancel, they are about 1.
         cancels = kind == "derivative" and abs(expected) < 0.01
         scale = 1 if cancels and abs(at) < 2 else abs(expected)
-        assert abs(value - expected) <= max(scale * mpmath.mpf(2) ** -45, smallest / 2**20)
+        assert abs(value - expected) <= max(scale * mpmath.mpf(2) ** -45, SMALLEST / 2**20)
+
+
+@all_accuracy_cases
+def test_forward_is_its_definition(case):
+    assert_right(case, "forward", case.facts.definition)
+
+
+@pytest.mark.parametrize("kind", ["derivative", "derivative_from_output", "weight_derivative"])
+@all_accuracy_cases
+def test_derivatives_are_their_definitions(case, kind):
+    facts = case.facts
+    definition = {
+        "derivative": facts.derivative_definition,
+        "derivative_from_output": facts.derivative_definition_from_output,
+        "weight_derivative": facts.weight_derivative_definition,
+    }[kind]
+    assert (definition is None) == (getattr(facts, kind) is None)
+    if definition is not None:
+        assert_right(case, kind, definition)
+
+
+@all_accuracy_cases
+def test_a_root_is_the_zero_of_the_derivative(case):
+    if case.facts.root is not None:
+        scale = float(case.facts.exponent(torch.ones(()), *as_fp32(case)))
+        if abs(scale) > 1e-3:
+            at = mpmath.mpf(case.facts.root) / mpmath.mpf(scale)
+            parameters = map(mpmath.mpf, as_fp32(case))
+            assert abs(case.facts.derivative_definition(mpmath.mp, at, *parameters)) < 1e-5
+
+
+def test_every_row_has_its_case():
+    from fused_act.activations import ROWS
+
+    assert {case.name for case in ACCURACY_CASES} == ROWS.keys()
 
 
 def test_an_infinity_beside_the_largest_number_is_an_ulp_off():
@@ -140,7 +75,7 @@ def test_an_infinity_beside_the_largest_number_is_an_ulp_off():
     step = 2.0**104
     exact = torch.tensor([largest, largest + step, 2.0**120, -largest], dtype=torch.float64)
     result = torch.tensor([float("inf")] * 3 + [float("-inf")])
-    assert oracle.ulp_error(result, exact, torch.float32).tolist() == [
+    assert ulp_error(result, exact, torch.float32).tolist() == [
         1.0,
         0.0,
         (2.0**128 - 2.0**120) / 2.0**97,

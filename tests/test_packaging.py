@@ -18,6 +18,9 @@ ROOT = Path(__file__).parent.parent
 NVCC = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
 
 
+pytestmark = pytest.mark.full
+
+
 def copy_of_sources(folder):
     ignored = shutil.ignore_patterns(".*", "build", "dist", "*.so", "*.egg-info", "__pycache__")
     return shutil.copytree(ROOT, folder / "source", ignore=ignored)
@@ -98,7 +101,7 @@ def test_isolated_build(tmp_path):
             "fused_act/families/base.py",
             "fused_act/backends/triton/__init__.py",
         ),
-        *("tests/cases.py", "tests/host_kernels.cpp", "benchmarks/speed.py"),
+        *("tests/shared/facts.py", "tests/shared/host/elementwise.cpp", "benchmarks/speed.py"),
     }
     assert not [name for name in names if name.endswith((".so", ".pyc"))]
 

@@ -10,7 +10,7 @@ from torch import nn
 
 import fused_act
 from tests import readme
-from tests.test_zoo import activations, classes
+from tests.shared.models import activations, classes
 
 TEXT = readme.README.read_text()
 # By the heading above.
@@ -111,6 +111,7 @@ def test_torch():
 
 
 @pytest.mark.zoo
+@pytest.mark.timm
 def test_timm(timm):
     names = run("timm")
     assert classes_of_ours(names["model"]) == [fused_act.Mish] * 67

@@ -20,17 +20,14 @@ import fused_act
 from benchmarks.networks import csp_network, digits_network, stack
 from fused_act import rematerialization
 from fused_act.rematerialization import Kept, Recomputed, same_bits
-from tests.cases import BACKENDS, CASES, DEVICE, INTERPRET, all_cases, all_rows
+from tests.shared.cases import BACKENDS, CASES, DEVICE, all_rows, elementwise_rows
 
-PART = 100  # graphs of one test
+PART = 25  # graphs of one test
 # Kernels get fewer: they are slow in the interpreter, and a GPU's time is short.
 GRAPHS = [
-    *(("auto", first) for first in range(0, 200 if INTERPRET else 2000, PART)),
-    *(
-        pytest.param(*each.values, first, marks=each.marks)
-        for each in BACKENDS
-        for first in (0, PART)
-    ),
+    pytest.param(*way.values, first, marks=[*way.marks, *([pytest.mark.full] if first else [])])
+    for way, count in [(pytest.param("auto"), 2000), *((each, 200) for each in BACKENDS)]
+    for first in range(0, count, PART)
 ]
 
 plain = contextlib.nullcontext
@@ -272,7 +269,8 @@ def test_nothing_of_a_checkpoint_runs_before_backward(function):
 
 
 WAYS = [
-    *([] if INTERPRET else ["auto", "Function"]),
+    "auto",
+    "Function",
     *(pytest.param(*each.values, marks=each.marks) for each in BACKENDS),
 ]
 
@@ -469,7 +467,7 @@ def test_a_backward_to_some_leaves_a_right_one_to_the_rest(weight):
         assert torch.equal(grad, expected[index])
 
 
-@all_cases
+@elementwise_rows
 @pytest.mark.parametrize("backward_inside", [False, True])
 def test_second_derivative(case, weight, backward_inside):
     x = torch.randn(2, 4, 3, 5, dtype=torch.float64, requires_grad=True)

@@ -15,6 +15,7 @@ from torch import nn
 
 import fused_act
 from fused_act.families import base, elementwise
+from tests.shared.models import activations, classes
 
 pytestmark = [pytest.mark.zoo, pytest.mark.usefixtures("one_thread")]
 
@@ -67,7 +68,12 @@ def mish(request):
     return request.param
 
 
-@pytest.fixture(params=ZOO)
+@pytest.fixture(
+    params=[
+        pytest.param(name, marks=[pytest.mark.timm] if package == "timm" else [])
+        for name, (package, *_) in ZOO.items()
+    ]
+)
 def models(request, mish):
     """A model, the same with its activations replaced, and an input."""
     package, build, inputs, fused, count = ZOO[request.param]
@@ -83,14 +89,6 @@ def models(request, mish):
     assert kinds.keys() <= {expected, fused_act.Sigmoid}  # of squeeze-and-excitation
     assert not activations(original)
     return original, replaced, inputs()
-
-
-def activations(model):
-    return [m for m in model.modules() if type(m).__module__.startswith("fused_act.")]
-
-
-def classes(model):
-    return [type(module) for module in model.modules()]
 
 
 def run(model, x):
