@@ -255,7 +255,8 @@ def main() -> int:
         trees = queue.Queue()
         for worker in range(arguments.j):
             trees.put(copy_tree(Path(folder) / str(worker)))
-        guards = dict.fromkeys(mutation.guard for mutation in chosen)
+        runnable = [mutation for mutation in chosen if lacks(mutation.guard) is None]
+        guards = dict.fromkeys(mutation.guard for mutation in runnable)
         kinds = collections.defaultdict(tuple)
         for guard in guards:
             kinds[guard.interpreted, guard.rebuilds] += (guard,)
@@ -265,7 +266,6 @@ def main() -> int:
             print(*dict.fromkeys(checked[guard].output for guard in failed), sep="\n")
             print(*(f"{guard.tests}: {checked[guard].why_not}" for guard in failed), sep="\n")
             return 1
-        runnable = [mutation for mutation in chosen if lacks(mutation.guard) is None]
         results = on_every_tree(trees, try_mutation, runnable, "bugs")
     for mutation in chosen:
         if mutation not in results:

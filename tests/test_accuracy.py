@@ -132,6 +132,7 @@ def test_functors_with_the_errors_of_the_hardware(case, dtype, errors, host_of):
     )
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_the_mean_error_is_near_torchs(case, host_of):
     """Of torch's CPU op, region by region: it is at most a quarter more, in Swish.

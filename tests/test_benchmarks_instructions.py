@@ -95,6 +95,7 @@ def test_without_cuobjdump(monkeypatch, tmp_path, capsys):
     assert "cuobjdump is neither in the triton wheel nor on PATH" in capsys.readouterr().err
 
 
+@pytest.mark.full
 @pytest.mark.skipif(extension() is None, reason="needs the CUDA extension")
 def test_what_is_there_is_shown(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)

@@ -209,6 +209,7 @@ def test_second_derivatives_through_inductor(case, place):
     assert_close(found, second_derivative(place, case.torch_function, lambda f: f))
 
 
+@pytest.mark.full
 @all_rows_and_ways
 def test_scan(ours, theirs, way):
     """A loop whose body is compiled by itself, and its gradient, which a raw op refuses."""

@@ -52,6 +52,7 @@ class Activated(torch.utils.data.Dataset):
         return (*forward_backward(CASES[index].function, torch.linspace(-8, 8, 33)), os.getpid())
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 def test_workers_equal_the_parent(method):
     loader = torch.utils.data.DataLoader(
@@ -70,6 +71,7 @@ def compute(beta):
     return fused_act.Swish(beta)(torch.linspace(-8, 8, 33))
 
 
+@pytest.mark.full
 @pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
 def test_process_pools_equal_the_parent(method):
     context = multiprocessing.get_context(method)

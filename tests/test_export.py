@@ -128,7 +128,7 @@ def test_scripts(models):
 def test_scripted_function_is_torchs(case, inplace):
     x = random(99)
     expected = case.torch_function(x)
-    y = torch.jit.script(getattr(fused_act, case.name))(x, *case.parameters, inplace=inplace)
+    y = torch.jit.script(case.facts.function)(x, *case.parameters, inplace=inplace)
     assert torch.equal(y, expected)
     assert torch.equal(x, expected) is inplace
 
@@ -182,7 +182,8 @@ assert "fused_act" not in sys.modules
 
 
 @pytest.mark.parametrize(
-    "kind", [pytest.param("aot_inductor", marks=pytest.mark.full), "export", "script", "trace"]
+    "kind",
+    ["export", *(pytest.param(kind, marks=pytest.mark.full) for kind in SAVED if kind != "export")],
 )
 def test_saved_model_runs_without_fused_act(kind, tmp_path):
     if kind == "aot_inductor" and COMPILER is None:

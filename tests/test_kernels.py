@@ -11,7 +11,6 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 import fused_act
-from fused_act import ops
 from tests import sanitize
 from tests.shared import accuracy
 from tests.shared.cases import (
@@ -21,20 +20,13 @@ from tests.shared.cases import (
     all_dtypes,
     all_rows,
     elementwise_rows,
+    kernels,
     of_family,
 )
-from tests.shared.layouts import LAYOUTS, passes, unpack_mask
+from tests.shared.layouts import LAYOUTS, make, passes, unpack_mask
 from tests.shared.matrices import assert_equal
 
 pytestmark = pytest.mark.usefixtures("forced")
-
-
-def kernels(backend, case):
-    return ops.kernels(f"fused_act_{backend}")[case.name]
-
-
-def make(layout, dtype):
-    return LAYOUTS[layout](dtype=dtype, device=DEVICE)
 
 
 def saved_by(function, x):

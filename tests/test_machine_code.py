@@ -94,6 +94,7 @@ def skip_unless_counted(backend):
         pytest.skip(f"counts are those of triton {counted}")
 
 
+@pytest.mark.full
 @needs["triton"]
 @all_variants
 def test_every_triton_kernel_compiles(variant):

@@ -9,7 +9,6 @@ import itertools
 import pytest
 import torch
 
-from fused_act import ops
 from fused_act.activations import ROWS
 from fused_act.families.mirrored import Mirrored
 from tests.shared import accuracy, matrices
@@ -19,19 +18,12 @@ from tests.shared.cases import (
     all_backends,
     all_dtypes,
     elementwise_rows,
+    kernels,
     of_family,
 )
-from tests.shared.layouts import LAYOUTS
+from tests.shared.layouts import make
 
 pytestmark = pytest.mark.usefixtures("forced")
-
-
-def kernels(backend, case):
-    return ops.kernels(f"fused_act_{backend}")[case.name]
-
-
-def make(layout, dtype):
-    return LAYOUTS[layout](dtype=dtype, device=DEVICE)
 
 
 @elementwise_rows

@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from fused_act import ops
 from fused_act.activations import FAMILIES
-from fused_act.dispatch import DTYPES
+from fused_act.dispatch import DTYPES, Kernels
 from fused_act.families.base import Row
 from tests.shared.facts import FACTS, Facts
 
@@ -116,3 +117,8 @@ all_dtypes = pytest.mark.parametrize(
     "dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch.")
 )
 both_16_bit_dtypes = pytest.mark.parametrize("dtype", DTYPES[:2], ids=["float16", "bfloat16"])
+
+
+def kernels(backend: str, case: Case) -> Kernels:
+    """The raw ops of a case."""
+    return ops.kernels(f"fused_act_{backend}")[case.name]

@@ -6,6 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.shared.cases import DEVICE
+
 # Around the ends of vectors, mask bytes and tiles: 4,096 and 8,192 elements are tiles.
 SIZES = [*range(71), 127, 128, 129, 1023, 1024, 1025, 2047, 2048, 2049, 4095, 4096, 4097, 8193]
 LARGE = 2**20 + 1
@@ -85,6 +87,12 @@ LAYOUTS = {
 # Those of one element or none, where little can go wrong.
 TINY = ("scalar", "one", "empty", "empty_expanded", "empty_inside")
 all_layouts = pytest.mark.parametrize("layout", LAYOUTS)
+
+
+def make(layout: str, dtype: torch.dtype) -> Tensor:
+    """A tensor of a layout, where the kernels run."""
+    return LAYOUTS[layout](dtype=dtype, device=DEVICE)
+
 
 # What autograd may hand in for an output y, whatever the layout of y.
 GRAD_LAYOUTS = {
