@@ -9,6 +9,7 @@ from tests.shared.benchmarks import status
 demo = pytest.importorskip("benchmarks.demo", reason="needs the extra 'bench'")
 
 
+@pytest.mark.full
 def test_twins_train_alike(monkeypatch, tmp_path, capsys, one_thread):
     monkeypatch.setattr(demo, "ACTIVATIONS", demo.ACTIVATIONS[:2])
     times = {demo.OWN: 0.002, "naive formula": 0.003}

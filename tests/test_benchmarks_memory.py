@@ -7,6 +7,7 @@ from fused_act.activations import ROWS
 from tests.shared.benchmarks import provider_called
 
 
+@pytest.mark.full
 def test_memory_of_a_stack(monkeypatch):
     monkeypatch.setattr(memory, "ROUNDS", 1)
     monkeypatch.setattr(memory, "SECONDS", 0.001)

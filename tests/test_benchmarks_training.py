@@ -12,6 +12,7 @@ from tests.shared.facts import FACTS
 training = pytest.importorskip("benchmarks.training", reason="needs the extra 'bench'")
 
 
+@pytest.mark.full
 def test_training_of_two(tmp_path, capsys, one_thread):
     arguments = ("--epochs", 2, "--seeds", 2, "--results", tmp_path)
     assert status("training", *arguments, "--activations", "mish", "relu6") == 0

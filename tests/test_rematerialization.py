@@ -25,7 +25,9 @@ from tests.shared.cases import BACKENDS, CASES, DEVICE, all_rows, elementwise_ro
 PART = 25  # graphs of one test
 # Kernels get fewer: they are slow in the interpreter, and a GPU's time is short.
 GRAPHS = [
-    pytest.param(*way.values, first, marks=[*way.marks, *([pytest.mark.full] if first else [])])
+    pytest.param(
+        *way.values, first, marks=[*way.marks, *([pytest.mark.full] if first or way.marks else [])]
+    )
     for way, count in [(pytest.param("auto"), 2000), *((each, 200) for each in BACKENDS)]
     for first in range(0, count, PART)
 ]
