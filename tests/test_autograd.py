@@ -21,7 +21,7 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
-from tests.shared.cases import BACKENDS, DEVICE, elementwise_rows
+from tests.shared.cases import BACKENDS, DEVICE, combinations, elementwise_rows
 
 # The ways to a gradient: what users call, the Function by itself, and the kernels of each backend.
 WAYS = [
@@ -36,6 +36,9 @@ WAYS = [
     ),
 ]
 all_ways = pytest.mark.parametrize(("way", "inplace"), WAYS)
+OF_TORCH = [pytest.param(way, id=way) for way in ("auto", "Function")]
+OF_KERNELS = [pytest.param(*each.values, marks=each.marks, id=each.values[0]) for each in BACKENDS]
+all_rows_and_ways = combinations([*OF_TORCH, *OF_KERNELS])
 
 
 def values():
@@ -151,7 +154,8 @@ def hooked_module(function):
 def scaled(function):
     """Three steps of mixed precision, of which the second overflows and is skipped."""
     torch.manual_seed(0)
-    layers = nn.Linear(4, 8), nn.Linear(8, 2)
+    width = function(torch.ones(1, 8, device=DEVICE)).shape[1]
+    layers = nn.Linear(4, 8), nn.Linear(width, 2)
     model = nn.Sequential(*layers).to(DEVICE)
     scaler = torch.amp.GradScaler(DEVICE, init_scale=2.0**10)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
@@ -168,8 +172,10 @@ def scaled(function):
         scaler.update()
         scales.append(scaler.get_scale())
     assert scales == [2.0**10, 2.0**9, 2.0**9]
-    assert dtypes == [torch.bfloat16, torch.float32] * 3
-    return [parameter.detach() for parameter in model.parameters()]
+    assert dtypes[::2] == [torch.bfloat16] * 3
+    # Of a float32 input: PReLU is cast by autocast, the others are not.
+    sizes = torch.tensor([dtype.itemsize for dtype in dtypes])
+    return [sizes, *(parameter.detach() for parameter in model.parameters())]
 
 
 # Each takes an activation and returns tensors.
@@ -206,8 +212,7 @@ def outcome(run, *args):
         return error
 
 
-@elementwise_rows
-@all_ways
+@all_rows_and_ways
 @pytest.mark.parametrize("program", PROGRAMS.values(), ids=PROGRAMS)
 @pytest.mark.filterwarnings("ignore:Anomaly Detection")
 def test_neighbours_do_as_with_torch(ours, theirs, way, inplace, program):
@@ -270,11 +275,16 @@ def forward_mode(function, x):
         return torch.stack(torch.autograd.forward_ad.unpack_dual(function(dual)))
 
 
+def vjp(function, x):
+    y, pull_back = torch.func.vjp(function, x)
+    return pull_back(torch.ones_like(y))[0]
+
+
 TRANSFORMS = {
     "vmap": lambda f, x: torch.func.vmap(f)(x),
     "grad": lambda f, x: torch.func.grad(lambda x: f(x).sum())(x),
     "vmap of grad": lambda f, x: torch.func.vmap(torch.func.grad(lambda x: f(x).sum()))(x),
-    "vjp": lambda f, x: torch.func.vjp(f, x)[1](torch.ones_like(x))[0],
+    "vjp": vjp,
     "jvp": lambda f, x: torch.func.jvp(f, (x,), (torch.ones_like(x),))[1],
     "linearize": lambda f, x: torch.func.linearize(f, x)[1](torch.ones_like(x)),
     "jacrev": lambda f, x: torch.func.jacrev(f)(x),
@@ -284,8 +294,7 @@ TRANSFORMS = {
 }
 
 
-@elementwise_rows
-@all_ways
+@all_rows_and_ways
 @pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS)
 @pytest.mark.filterwarnings("ignore:Attempted to insert a get_attr Node")
 def test_transforms_are_torchs(ours, theirs, transform):

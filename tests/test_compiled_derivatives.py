@@ -11,24 +11,7 @@ import torch
 from torch._higher_order_ops.scan import scan
 from torch.autograd import forward_ad
 
-from tests.shared.cases import ALL_CASES, BACKENDS, DEVICE, elementwise_rows
-
-
-def combinations(ways):
-    """Every row in each of the ways to compute it, in place where it has such a way."""
-    return pytest.mark.parametrize(
-        ("case", "way", "inplace"),
-        [
-            pytest.param(
-                case, way.values[0], inplace, marks=way.marks, id=f"{case}-{way.id}{suffix}"
-            )
-            for case in ALL_CASES
-            for way in ways
-            for inplace, suffix in ((False, ""), (True, "-inplace"))
-            if not inplace or (case.row.family == "elementwise" and way.id != "Function")
-        ],
-    )
-
+from tests.shared.cases import BACKENDS, DEVICE, combinations, elementwise_rows
 
 # What users call, the Function by itself, and what a forced backend gives.
 OF_TORCH = [pytest.param(way, id=way) for way in ("auto", "Function")]

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import fused_act
-from tests.shared.cases import CASES, elementwise_rows
+from tests.shared.cases import ALL_CASES, all_rows
 
 THREADS = 8
 
@@ -19,7 +19,7 @@ def forward_backward(function, x):
     return y.detach(), torch.autograd.grad(y.square().sum(), x)[0]
 
 
-@elementwise_rows
+@all_rows
 @pytest.mark.parametrize("prepare", [lambda f: f, torch.compile], ids=["eager", "compiled"])
 def test_threads_equal_serial(case, prepare):
     function = prepare(case.function)
@@ -44,12 +44,15 @@ class Activated(torch.utils.data.Dataset):
     """The outputs and gradients of every case, computed by the worker that loads them."""
 
     def __len__(self):
-        return len(CASES)
+        return len(ALL_CASES)
 
     def __getitem__(self, index):
         assert not torch.cuda.is_initialized()
         assert not torch.cuda._is_in_bad_fork()
-        return (*forward_backward(CASES[index].function, torch.linspace(-8, 8, 33)), os.getpid())
+        return (
+            *forward_backward(ALL_CASES[index].function, torch.linspace(-8, 8, 33)),
+            os.getpid(),
+        )
 
 
 @pytest.mark.full
@@ -59,7 +62,7 @@ def test_workers_equal_the_parent(method):
         Activated(), batch_size=None, num_workers=2, multiprocessing_context=method, timeout=120
     )
     loaded = list(loader)
-    for case, (y, grad, process) in zip(CASES, loaded):
+    for case, (y, grad, process) in zip(ALL_CASES, loaded):
         expected = forward_backward(case.function, torch.linspace(-8, 8, 33))
         assert torch.equal(y, expected[0])
         assert torch.equal(grad, expected[1])

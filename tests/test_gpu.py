@@ -11,7 +11,7 @@ import torch
 
 import fused_act
 from tests.shared import accuracy
-from tests.shared.cases import CASES, all_backends, all_dtypes, elementwise_rows
+from tests.shared.cases import CASES, all_backends, all_dtypes, all_rows, elementwise_rows
 from tests.shared.layouts import random
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("forced")]
@@ -26,14 +26,14 @@ def forward_backward(case, x, grad_output):
     return y.detach(), torch.autograd.grad(y, x, grad_output)[0]
 
 
-@elementwise_rows
+@all_rows
 def test_auto_takes_a_kernel(case):
     x = torch.randn(3, device="cuda", requires_grad=True)
     function = f"{case.row.spelling}Function"
     assert type(case.function(x).grad_fn).__name__.startswith(function)
 
 
-@elementwise_rows
+@all_rows
 @all_backends
 def test_current_stream(case, backend):
     x = torch.randn(2**20, device="cuda")
@@ -68,11 +68,11 @@ def test_four_streams_at_once(case, backend):
     assert [int(count) for count in wrong] == [0, 0, 0, 0]
 
 
-@elementwise_rows
+@all_rows
 @all_backends
 def test_threads_equal_serial(case, backend):
     inputs = [random(4099 + i, device="cuda", dtype=torch.bfloat16) for i in range(64)]
-    weights = [torch.randn_like(x) for x in inputs]
+    weights = [torch.randn_like(case.function(x)) for x in inputs]
     torch.cuda.synchronize()
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
         parallel = list(
@@ -83,12 +83,13 @@ def test_threads_equal_serial(case, backend):
             assert torch.equal(ours, theirs)
 
 
-@elementwise_rows
+@all_rows
 @all_backends
 @all_dtypes
 def test_captured_graph(case, backend, dtype):
     """100 replays of forward and backward, each with new inputs."""
-    x, weight = (random(4097, device="cuda", dtype=dtype) for _ in range(2))
+    x = random(4097, device="cuda", dtype=dtype)
+    weight = torch.randn_like(case.function(x))
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):

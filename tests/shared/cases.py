@@ -119,6 +119,22 @@ all_dtypes = pytest.mark.parametrize(
 both_16_bit_dtypes = pytest.mark.parametrize("dtype", DTYPES[:2], ids=["float16", "bfloat16"])
 
 
+def combinations(ways):
+    """Every row in each of the ways to compute it, in place where it has such a way."""
+    return pytest.mark.parametrize(
+        ("case", "way", "inplace"),
+        [
+            pytest.param(
+                case, way.values[0], inplace, marks=way.marks, id=f"{case}-{way.id}{suffix}"
+            )
+            for case in ALL_CASES
+            for way in ways
+            for inplace, suffix in ((False, ""), (True, "-inplace"))
+            if not inplace or (case.has_inplace and way.id != "Function")
+        ],
+    )
+
+
 def kernels(backend: str, case: Case) -> Kernels:
     """The raw ops of a case."""
     return ops.kernels(f"fused_act_{backend}")[case.name]
