@@ -17,6 +17,7 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent
 MINIMUM_TORCH = (2, 10)
@@ -32,7 +33,7 @@ def find_nvcc():
 
 
 def missing():
-    """What the CUDA extension lacks here, or None if it can be built."""
+    """What the CUDA extension lacks here; what helps; or None if it can be built."""
     if find_nvcc() is None:
         return "nvcc is neither on PATH nor under CUDA_HOME"
     try:
@@ -48,19 +49,24 @@ def missing():
     return None
 
 
-def builds_cuda():
-    """Whether to build the CUDA extension; says so if not, and fails if it was demanded."""
+def setting():
+    """The value of FUSED_ACT_BUILD_CUDA."""
     choice = os.environ.get("FUSED_ACT_BUILD_CUDA") or "auto"
     if os.environ.get("FORCE_CUDA") == "1":
         choice = "1"
     if choice not in ("0", "1", "auto"):
         raise SystemExit(f"FUSED_ACT_BUILD_CUDA: expected 0, 1 or auto, got {choice!r}")
-    if choice == "0":
+    return choice
+
+
+def builds_cuda():
+    """Whether to build the CUDA extension; says so if not, and fails if it was demanded."""
+    if setting() == "0":
         return False
     reason = missing()
     if reason is None:
         return True
-    if choice == "1":
+    if setting() == "1":
         raise SystemExit(f"fused_act: the CUDA extension was demanded but {reason}")
     print(f"fused_act: building without the CUDA extension: {reason}")
     return False
@@ -124,6 +130,22 @@ class BuildWithNvcc(build_ext):
         return target.stat().st_mtime > max(Path(source).stat().st_mtime for source in sources)
 
 
+class BuildWithNote(build_py):
+    """Puts a note into the package that says why the extension is not in it, though nvcc is here.
+
+    pip builds in isolation, without torch, and shows nothing of what a build prints. The package
+    reads the note where users ask for the extension, see backends/cuda.py.
+    """
+
+    def run(self):
+        super().run()
+        folder = ROOT if self.editable_mode else Path(self.build_lib)
+        note = folder / "fused_act" / "left_out.txt"
+        note.unlink(missing_ok=True)
+        if setting() != "0" and not extensions and find_nvcc() is not None:
+            note.write_text(missing().partition(";")[0])
+
+
 extensions = []
 if builds_cuda():
     extensions = [
@@ -137,7 +159,7 @@ if builds_cuda():
 
 setup(
     ext_modules=extensions,
-    cmdclass={"build_ext": BuildWithNvcc},
+    cmdclass={"build_ext": BuildWithNvcc, "build_py": BuildWithNote},
     # The extension never calls Python, so that one wheel serves all of them.
     options={"bdist_wheel": {"py_limited_api": "cp310"}},
 )

@@ -56,7 +56,10 @@ def test_pure_wheel(tmp_path):
     assert "fused_act/activations/mish.py" in names
     assert "fused_act/py.typed" in names
     assert not [
-        name for name in names if name.endswith(".so") or name.startswith(("tests", "csrc"))
+        name
+        for name in names
+        if (name.endswith((".so", ".txt")) and "dist-info" not in name)
+        or name.startswith(("tests", "csrc"))
     ]
 
 
@@ -89,6 +92,10 @@ def test_isolated_build(tmp_path):
     assert f"building without the CUDA extension: {reason}" in said
     (wheel,) = tmp_path.glob("fused_act-*.whl")
     assert wheel.name == f"fused_act-{fused_act.__version__}-py3-none-any.whl"
+    note = "fused_act/left_out.txt"
+    with zipfile.ZipFile(wheel) as archive:
+        assert (note in archive.namelist()) is (NVCC is not None)
+        assert not NVCC or archive.read(note).decode() == "torch cannot be imported by the build"
     with tarfile.open(tmp_path / f"fused_act-{fused_act.__version__}.tar.gz") as sdist:
         names = {name.partition("/")[2] for name in sdist.getnames()}
     assert names >= {

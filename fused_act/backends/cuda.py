@@ -20,9 +20,20 @@ def extension() -> Path | None:
     return next(Path(__file__).parent.parent.glob("_C.*so"), None)
 
 
+def left_out() -> str | None:
+    """Why the build left the extension out though nvcc was there, if it did; see setup.py."""
+    note = Path(__file__).parent.parent / "left_out.txt"
+    return note.read_text() if note.exists() else None
+
+
 def unavailable() -> str | None:
     """Why the CUDA kernels cannot run here and what to do, or None if they can."""
     if extension() is None:
+        reason = left_out()
+        if reason is not None:
+            return (
+                f"the build left the CUDA extension out though nvcc was there: {reason}; {REBUILD}"
+            )
         return f"this install has no CUDA extension; where nvcc is, {REBUILD}"
     # Before it is loaded: an older torch lacks symbols, and then the loader may abort the process.
     if older(torch.__version__, MINIMUM_TORCH):
@@ -66,5 +77,5 @@ BACKEND = Backend(
     unavailable=unavailable,
     load=load,
     device_types=("cuda",),
-    is_installed=lambda: extension() is not None,
+    is_installed=lambda: extension() is not None or left_out() is not None,
 )

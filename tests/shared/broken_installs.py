@@ -158,6 +158,10 @@ def old_triton(install):
     )
 
 
+def isolated_build(install):
+    (install.root / "fused_act" / "left_out.txt").write_text(NO_TORCH)
+
+
 def other_abi(install):
     # The constructor of c10::Error as it was called before torch took the C++11 ABI.
     symbol = "_ZN3c105ErrorC2ENS_14SourceLocationESs"
@@ -216,6 +220,8 @@ def no_libcuda(install):
 
 
 REBUILD = r"reinstall with `FUSED_ACT_BUILD_CUDA=1 pip install --no-build-isolation \.`"
+NO_TORCH = "torch cannot be imported by the build"
+LEFT_OUT = f"the build left the CUDA extension out though nvcc was there: {NO_TORCH}; {REBUILD}"
 NO_EXTENSION = f"this install has no CUDA extension; where nvcc is, {REBUILD}"
 NEEDS = (
     r"; it needs a C compiler .*Python's headers, libcuda\.so\.1, and a cache .*TRITON_CACHE_DIR"
@@ -256,6 +262,7 @@ CASES = [
     Broken(nothing, NO_EXTENSION, None, (has_triton, compiles)),
     Broken(no_triton, NO_EXTENSION, NO_TRITON, ()),
     Broken(old_triton, NO_EXTENSION, OLD_TRITON, ()),
+    Broken(isolated_build, LEFT_OUT, None, (has_triton, compiles)),
     Broken(other_abi, does_not_load("undefined symbol"), None, (has_triton, compiles)),
     Broken(truncated, does_not_load("is truncated"), None, (has_triton, compiles)),
     Broken(old_torch, OLD_TORCH, None, (has_triton, compiles)),
