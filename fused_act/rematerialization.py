@@ -20,7 +20,14 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import Node, saved_tensors_hooks
 
-from fused_act._torch_private import base_of, forward_class, raw_saved, saved, version_of
+from fused_act._torch_private import (
+    base_of,
+    forward_class,
+    is_transformed,
+    raw_saved,
+    saved,
+    version_of,
+)
 from fused_act.activations import ROWS
 from fused_act.dispatch import PLAIN
 from fused_act.families.base import is_ours
@@ -240,12 +247,14 @@ def rematerialize(*, norm: bool = False) -> Iterator[None]:
 
     PyTorch runs only the innermost of nested saved-tensor hooks: within `torch.utils.checkpoint` or
     `save_on_cpu` in the block theirs apply, and within this block theirs do not. Under
-    `torch.compile`, whose partitioner weighs what to compute again, it does nothing.
+    `torch.compile`, whose partitioner weighs what to compute again, it does nothing, nor under a
+    transform of `torch.func`, which takes no such hooks: `torch.func.grad` of a function that has
+    the block in it works, and within the block it raises, as within any block of hooks.
 
     Raises:
         RuntimeError: in backward, as torch does, where a tensor that is needed was changed.
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or is_transformed():
         yield
         return
     with saved_tensors_hooks(partial(pack, norm=norm), unpack):

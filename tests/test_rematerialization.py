@@ -687,3 +687,48 @@ def test_relu6_kernels_keep_their_output(backend):
         y = F.conv2d(fused_act.relu6(leaf * 1), weight)
     assert kept_bytes([weight]) == leaf.nbytes + leaf.numel() // 8
     del y
+
+
+TRANSFORMS = {
+    "grad": lambda f: torch.func.grad(lambda x: f(x).sum()),
+    "vjp": lambda f: lambda x: torch.func.vjp(f, x)[1](torch.ones_like(x))[0],
+    "jvp": lambda f: lambda x: torch.func.jvp(f, (x,), (torch.ones_like(x),))[1],
+    "jacrev": torch.func.jacrev,
+    "jacfwd": torch.func.jacfwd,
+    "hessian": lambda f: torch.func.hessian(lambda x: f(x).sum()),
+    "vmap": torch.func.vmap,
+    "vmap of grad": lambda f: torch.func.vmap(torch.func.grad(lambda x: f(x).sum())),
+}
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+@pytest.mark.parametrize("norm", [False, True])
+def test_under_a_transform_it_does_nothing(transform, norm):
+    """torch.func refuses hooks of saved tensors."""
+    weight = torch.linspace(-1, 1, 4)
+
+    def plain(x):
+        return F.silu(F.mish(x) * weight) * weight
+
+    @fused_act.rematerialize(norm=norm)
+    def rematerialized(x):
+        return fused_act.silu(fused_act.mish(x) * weight) * weight
+
+    x = torch.randn(3, 4)
+    ours, theirs = (TRANSFORMS[transform](function)(x) for function in (rematerialized, plain))
+    torch.testing.assert_close(ours, theirs)
+
+
+def test_in_forward_mode_and_while_tracing_it_does_nothing():
+    x, tangent = torch.randn(4), torch.randn(4)
+
+    @fused_act.rematerialize()
+    def function(x):
+        return fused_act.mish(x) * 2
+
+    with torch.autograd.forward_ad.dual_level():
+        dual = function(torch.autograd.forward_ad.make_dual(x, tangent))
+        found = torch.autograd.forward_ad.unpack_dual(dual).tangent
+    torch.testing.assert_close(found, torch.func.jvp(lambda x: F.mish(x) * 2, (x,), (tangent,))[1])
+    traced = torch.jit.trace(function, x)
+    assert torch.equal(traced(x), F.mish(x) * 2)
