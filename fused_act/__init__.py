@@ -20,7 +20,12 @@ from fused_act.activations.swish import (
 from fused_act.activations.tanh import Tanh, TanhFunction, tanh
 from fused_act.dispatch import available_backends, use_backend
 from fused_act.rematerialization import rematerialize
-from fused_act.replace import replace_activations, restore_activations
+from fused_act.replace import (
+    Replacement,
+    replace_activations,
+    restore_activations,
+    restored,
+)
 from fused_act.version import __version__
 
 __all__ = [
@@ -38,6 +43,7 @@ __all__ = [
     "ReLU6",
     "ReLU6Function",
     "ReLUFunction",
+    "Replacement",
     "SELUFunction",
     "SiLU",
     "Sigmoid",
@@ -57,6 +63,7 @@ __all__ = [
     "rematerialize",
     "replace_activations",
     "restore_activations",
+    "restored",
     "selu",
     "sigmoid",
     "silu",

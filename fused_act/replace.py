@@ -6,15 +6,17 @@ other reference to it hold, and nothing else in the model is touched.
 
 from __future__ import annotations
 
+import contextlib
+import numbers
 import sys
 import warnings
-from collections.abc import Callable
-from typing import TypeVar
+from collections.abc import Callable, Iterator
+from typing import NamedTuple, TypeVar
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from fused_act.activations.leaky_relu import LeakyReLU
+from fused_act.activations.leaky_relu import LARGEST_SLOPE, LeakyReLU
 from fused_act.activations.mish import Mish
 from fused_act.activations.prelu import PReLU
 from fused_act.activations.relu import ReLU
@@ -37,20 +39,81 @@ FUSED = {
     nn.SELU: SELU,
     nn.PReLU: PReLU,
 }
-TORCH = {fused: original for original, fused in FUSED.items()}
+# By name, since a package that is imported again has other classes of the same names.
+TORCH = {(fused.__module__, fused.__qualname__): original for original, fused in FUSED.items()}
+# Where activations are defined, whether there is a fused one or not.
+DEFINED_IN = ("torch.nn.modules.activation", "transformers.activations")
 
 
-def fused_class(module: nn.Module) -> type[nn.Module] | None:
-    """The fused class for `module`, by exact type: a subclass may compute something else."""
-    if type(module) is nn.ReLU6 and (module.min_val, module.max_val) != (0.0, 6.0):
-        return None  # a Hardtanh of other bounds: somebody has set them
+class Replacement(NamedTuple):
+    """What `replace_activations` did with one activation; printed, it is a sentence.
+
+    Attributes:
+        name: that of the module, as in `model.named_modules()`.
+        original: the class that it had.
+        fused: the class that it has now, or None if it was left as it is.
+        reason: why it was left, or "".
+    """
+
+    name: str
+    original: type[nn.Module]
+    fused: type[nn.Module] | None
+    reason: str
+
+    def __str__(self) -> str:
+        what = f"{self.name or 'the model itself'}: {self.original.__name__}"
+        if self.fused is None:
+            return f"{what} is left as it is: {self.reason}"
+        return f"{what} is now {self.fused.__module__.partition('.')[0]}.{self.fused.__name__}"
+
+
+class Restoration(NamedTuple):
+    """A module that has torch's class now, and what it takes to give it back ours."""
+
+    module: nn.Module
+    fused: type[nn.Module]
+    original: type[nn.Module]
+    attributes: dict[str, object]
+
+
+def original_of(kind: type[nn.Module] | None) -> type[nn.Module] | None:
+    """torch's class, where `kind` is one of ours."""
+    return None if kind is None else TORCH.get((kind.__module__, kind.__qualname__))
+
+
+def fused_class(module: nn.Module) -> tuple[type[nn.Module] | None, str]:
+    """The fused class for `module`, or None and why there is none; "" of what is no activation.
+
+    By exact type, since a subclass may compute something else.
+    """
+    kind = type(module)
+    fused = FUSED.get(kind)
     transformers = sys.modules.get("transformers.activations")
     if transformers is not None:
-        if type(module) is getattr(transformers, "SiLUActivation", None):
-            return SiLU
-        if type(module) is getattr(transformers, "MishActivation", None):
-            return Mish
-    return FUSED.get(type(module))
+        if kind is getattr(transformers, "SiLUActivation", None):
+            fused = SiLU
+        if kind is getattr(transformers, "MishActivation", None):
+            fused = Mish
+    if fused is None:
+        if original_of(kind) is not None:
+            return None, "it is fused already"
+        if isinstance(module, tuple(FUSED)):
+            return None, "it is a subclass, which may compute something else"
+        other = kind.__module__ in DEFINED_IN and kind is not nn.MultiheadAttention
+        return None, "there is no fused one" if other else ""
+    if type(module) is nn.ReLU6 and (module.min_val, module.max_val) != (0.0, 6.0):
+        return None, f"its bounds are {module.min_val} and {module.max_val}, and not 0 and 6"
+    if kind is nn.LeakyReLU and not takes_slope(module.negative_slope):
+        return None, f"its slope is {module.negative_slope!r}, which is no finite number"
+    if owns_forward(module):
+        return None, "it holds a `forward` of its own"
+    return fused, ""
+
+
+def takes_slope(slope: object) -> bool:
+    """Whether ours takes it; what torch takes besides, such as infinity, stays with torch."""
+    is_number = isinstance(slope, numbers.Real)
+    return isinstance(slope, Tensor) or (is_number and abs(slope) <= LARGEST_SLOPE)  # type: ignore[arg-type]
 
 
 def owns_forward(module: nn.Module) -> bool:
@@ -58,14 +121,14 @@ def owns_forward(module: nn.Module) -> bool:
     return "forward" in vars(module)
 
 
-def warn_of_owners(function: str, names: list[str]) -> None:
+def warn_of_owners(function: str, names: list[str], stacklevel: int = 3) -> None:
     if names:
         found = ", ".join(repr(name) if name else "the model itself" for name in names)
         warnings.warn(
             f"{function}: these modules are left as they are, since each holds a `forward` of its "
             f"own, which would run whatever its class is: {found}. Remove the hook or the patch "
             "that put it there, and where one is left, `del module.forward`; then call again",
-            stacklevel=3,
+            stacklevel=stacklevel,
         )
 
 
@@ -77,7 +140,10 @@ def rebased(parametrized: type[nn.Module], base: type[nn.Module]) -> type[nn.Mod
 
 
 def replace_activations(
-    model: Model, filter_fn: Callable[[str, nn.Module], bool] | None = None
+    model: Model,
+    filter_fn: Callable[[str, nn.Module], bool] | None = None,
+    *,
+    report: Callable[[Replacement], object] | None = None,
 ) -> Model:
     """Make torch's activation modules in `model` fused ones, in place.
 
@@ -89,29 +155,58 @@ def replace_activations(
     monkeypatch has put it there; accelerate#1971, Liger-Kernel#593) would run that one all the
     same. It is left as it is, and one warning lists the names of all such modules.
 
+    A module that several models share is fused in all of them: `copy.deepcopy` the model first. A
+    library that looks up the exact class of a module does not know ours, see `restored`.
+
     Args:
         model: any module, an activation itself included.
         filter_fn: `filter_fn(name, module)`, with the name as in `model.named_modules()` (that is
             the first, for a module that has several); only modules for which it returns true are
             replaced. None replaces all.
+        report: is called with a `Replacement` for each activation, replaced or left, which says
+            why: `report=print`, or `report=found.append`.
 
     Returns:
         `model`.
     """
     owners = []
     for name, module in model.named_modules():
-        fused = fused_class(module)
-        if fused is None or (filter_fn is not None and not filter_fn(name, module)):
+        original = type(module)
+        fused, reason = fused_class(module)
+        if (fused or reason) and filter_fn is not None and not filter_fn(name, module):
+            fused, reason = None, "filter_fn leaves it out"
+        elif fused is None and original in FUSED and owns_forward(module):
+            owners.append(name)
+        if fused is not None:
+            if original not in FUSED:
+                module.replaced_class = original
+                module.inplace = False
+            module.__class__ = fused
+        if report is not None and (fused or reason):
+            report(Replacement(name, original, fused, reason))
+    warn_of_owners("replace_activations", owners)
+    return model
+
+
+def restore(model: nn.Module) -> tuple[list[Restoration], list[str]]:
+    """What was restored, and the names of modules that hold a `forward` of their own."""
+    done, owners = [], []
+    for name, module in model.named_modules():
+        kind = type(module)
+        parametrized = parametrize.is_parametrized(module)
+        original = original_of(kind.__base__ if parametrized else kind)
+        if original is None:
             continue
         if owns_forward(module):
             owners.append(name)
             continue
-        if type(module) not in FUSED:
-            module.replaced_class = type(module)
-            module.inplace = False
-        module.__class__ = fused
-    warn_of_owners("replace_activations", owners)
-    return model
+        attributes = {}
+        if "replaced_class" in vars(module):
+            attributes = {name: vars(module).pop(name) for name in ("replaced_class", "inplace")}
+            original = attributes["replaced_class"]
+        module.__class__ = rebased(kind, original) if parametrized else original
+        done.append(Restoration(module, kind, type(module), attributes))
+    return done, owners
 
 
 def restore_activations(model: Model) -> Model:
@@ -125,20 +220,53 @@ def restore_activations(model: Model) -> Model:
     Returns:
         `model`.
     """
-    owners = []
-    for name, module in model.named_modules():
-        parametrized = parametrize.is_parametrized(module)
-        fused = type(module).__base__ if parametrized else type(module)
-        if fused not in TORCH:
-            continue
-        if owns_forward(module):
-            owners.append(name)
-            continue
-        if "replaced_class" in module.__dict__:
-            original = module.__dict__.pop("replaced_class")
-            del module.inplace
-        else:
-            original = TORCH[fused]
-        module.__class__ = rebased(type(module), original) if parametrized else original
+    _, owners = restore(model)
     warn_of_owners("restore_activations", owners)
     return model
+
+
+@contextlib.contextmanager
+def restored(model: Model) -> Iterator[Model]:
+    """Within the block the fused modules in `model` have torch's classes, and ours after it.
+
+    For libraries that look up the exact class of a module and do not know a subclass: those that
+    explain (captum's DeepLift gave other attributions in silence), quantize (`fuse_modules`
+    raises), count operations (thop counts less) or trace (names in an FX graph get longer). What
+    such a library makes of the model, a graph or a quantized copy, keeps torch's classes.
+
+    After the block, and also where it raises, each module has the very class that it had before.
+    One that got another class in the block keeps that; one that was parametrized there, or is no
+    longer, is so on our class. Modules that hold a `forward` of their own are left as they are, as
+    in `restore_activations`.
+
+    Returns:
+        A context manager that gives `model`.
+
+    Example::
+
+        with fused_act.restored(model):
+            attributions = captum.attr.DeepLift(model).attribute(x, target=0)
+    """
+    done, owners = restore(model)
+    try:
+        warn_of_owners("restored", owners, stacklevel=4)
+        yield model
+    finally:
+        for module, fused, original, attributes in done:
+            again = class_after(type(module), fused, original)
+            if again is not None and not owns_forward(module):
+                module.__class__ = again
+                vars(module).update(attributes)
+
+
+def class_after(
+    now: type[nn.Module], fused: type[nn.Module], original: type[nn.Module]
+) -> type[nn.Module] | None:
+    """Our class for a module of class `now` that had `fused`, and then `original`; None if none."""
+    if now is original:
+        return fused
+    if now.__base__ is original:  # as `register_parametrization` makes it, or a user's subclass
+        return rebased(now, fused) if now.__name__ == f"Parametrized{original.__name__}" else None
+    if original.__base__ is now and original_of(fused.__base__) is now:  # no longer parametrized
+        return fused.__base__
+    return None
