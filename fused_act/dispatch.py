@@ -72,7 +72,7 @@ class Backend:
         if self.device_types is None:
             return
         if not isinstance(x, Tensor):
-            raise TypeError(f"{op}: expected x to be a Tensor, got {type(x).__name__}")
+            raise TypeError(f"{op}: expected input to be a Tensor, got {type(x).__name__}")
         if type(x) not in PLAIN:
             raise TypeError(
                 f"{op}: the {self.name!r} backend takes plain tensors, got {type(x).__name__}; "
@@ -81,15 +81,17 @@ class Backend:
         if x.dtype not in DTYPES:
             expected = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
             got = str(x.dtype).removeprefix("torch.")
-            raise TypeError(f"{op}: the {self.name!r} backend takes {expected}; x is {got}")
+            raise TypeError(f"{op}: the {self.name!r} backend takes {expected}; input is {got}")
         if x.device.type not in self.device_types:
             expected = " or ".join(self.device_types)
             raise ValueError(
-                f"{op}: the {self.name!r} backend takes {expected} tensors; x is on {x.device}"
+                f"{op}: the {self.name!r} backend takes {expected} tensors; input is on {x.device}"
             )
         if x.layout is not torch.strided or x.is_nested:
             layout = "nested" if x.is_nested else x.layout
-            raise TypeError(f"{op}: the {self.name!r} backend takes strided tensors; x is {layout}")
+            raise TypeError(
+                f"{op}: the {self.name!r} backend takes strided tensors; input is {layout}"
+            )
 
 
 def older(version: str, minimum: tuple[int, int]) -> bool:
@@ -118,12 +120,14 @@ def gpu_unavailable() -> str | None:
     return None
 
 
-# The backends by name, in the order of preference of `auto`. The last one takes every tensor.
-BACKENDS: dict[str, Backend] = {}
+# The backends by name, in the order of preference of `auto`. The last one takes every tensor. This
+# and the next one survive `importlib.reload`, which the modules that have registered them may not
+# go through.
+BACKENDS: dict[str, Backend] = globals().get("BACKENDS", {})
 
 # The backend that the user forced, or None for `auto`. A plain global: Dynamo guards on it, and
 # rejects ContextVar.get().
-forced: Backend | None = None
+forced: Backend | None = globals().get("forced")
 
 
 def register(*backends: Backend) -> None:

@@ -17,6 +17,7 @@ import torch.autograd.forward_ad as forward_ad
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
+from fused_act import libraries
 from fused_act._torch_private import (
     OpOverload,
     always_recomputed_ops,
@@ -26,6 +27,7 @@ from fused_act._torch_private import (
 )
 from fused_act.activations import ROWS
 from fused_act.dispatch import Kernels
+from fused_act.families.compiled import SOURCES
 from fused_act.families.raw_op import RawOp
 
 # The layout contract is in the fakes: Inductor must not pass or expect other strides.
@@ -40,7 +42,7 @@ def is_differentiated(x: Tensor) -> bool:
 
 
 def refuse_autograd(
-    op: OpOverload, raw_op: RawOp, public: str, device_types: tuple[str, ...]
+    op: OpOverload, public: str, check: Callable[..., None] = lambda *args: None
 ) -> Callable[..., Any]:
     """The Autograd kernel of a raw op: check what users pass in; never lose a gradient silently."""
     name = op.name()
@@ -52,7 +54,7 @@ def refuse_autograd(
                 f"{name} has no derivative; call fused_act.{public}, which is differentiable, or "
                 "wrap the call in torch.no_grad()"
             )
-        raw_op.check(name, (*device_types, "meta"), *args, **kwargs)
+        check(*args, **kwargs)
         with below_autograd():
             return op(*args, **kwargs)
 
@@ -71,22 +73,54 @@ def bump_version(op: OpOverload, *args: Any, out: Tensor, **kwargs: Any) -> Any:
         return op(*args, out=out, **kwargs)
 
 
-def define(namespace: str, device_types: tuple[str, ...]) -> torch.library.Library:
+def define(namespace: str, device_types: tuple[str, ...]) -> None:
     """Define every op in `namespace`, with its fake and what guards it."""
-    library = torch.library.Library(namespace, "DEF")
+    library = libraries.library(namespace)
     for row in ROWS.values():
         for field, raw_op in row.raw_ops().items():
+            if libraries.is_defined(namespace, raw_op.name):
+                continue  # this package is imported again
             library.define(raw_op.schema, tags=TAGS)
             op = overload(namespace, raw_op.name)
             torch.library.register_fake(f"{namespace}::{raw_op.name}", raw_op.allocate, lib=library)
-            autograd = refuse_autograd(op, raw_op, row.name, device_types)
-            library.impl(raw_op.name, autograd, "Autograd")
+            check = functools.partial(raw_op.check, op.name(), (*device_types, "meta"))
+            library.impl(raw_op.name, refuse_autograd(op, row.name, check), "Autograd")
             if field.endswith("_out"):
                 library.impl(raw_op.name, functools.partial(bump_version, op), "ADInplaceOrView")
                 # Selective checkpointing keeps what an op returns and then skips the op: it would
                 # leave `out` as it was, and gradients wrong. This one is always computed again.
                 always_recomputed_ops.add(op)
-    return library
+            elif raw_op.floats:
+                define_with_tensors(library, row.name, raw_op)
+
+
+def define_with_tensors(library: torch.library.Library, public: str, raw_op: RawOp) -> None:
+    """The overload that takes its floats as fp64 tensors, see `families.compiled.with_tensors`."""
+    name, floats = f"{raw_op.name}.Tensor", raw_op.floats
+    op = overload(library.ns, raw_op.name)
+
+    def implementation(*args: Any) -> Any:
+        return op(*(arg.item() if i in floats else arg for i, arg in enumerate(args)))
+
+    library.define(
+        raw_op.schema.replace("(", ".Tensor(", 1).replace("float ", "Tensor "), tags=TAGS
+    )
+    torch.library.register_fake(f"{library.ns}::{name}", raw_op.allocate, lib=library)
+    library.impl(name, refuse_autograd(overload(library.ns, name), public), "Autograd")
+    library.impl(name, implementation, "CompositeExplicitAutograd")
+
+
+def implement(namespace: str, device_type: str, kernels: dict[str, Callable[..., Any]]) -> None:
+    """Give the raw ops, by name, their kernels for `device_type`.
+
+    Those of another import of this package stay, unless the sources have changed.
+    """
+    implemented = libraries.kept(namespace, "implemented", dict)
+    for name, kernel in kernels.items():
+        if implemented.get((name, device_type)) != SOURCES:
+            library = libraries.library(namespace)
+            library.impl(name, kernel, device_type.upper(), allow_override=True)
+            implemented[name, device_type] = SOURCES
 
 
 def overload(namespace: str, name: str) -> OpOverload:
@@ -105,6 +139,5 @@ def kernels(namespace: str) -> dict[str, Kernels]:
     }
 
 
-# Kept here because ops vanish with their Library.
-CUDA_LIBRARY = define("fused_act_cuda", ("cuda",))
-TRITON_LIBRARY = define("fused_act_triton", ("cuda", "cpu"))
+define("fused_act_cuda", ("cuda",))
+define("fused_act_triton", ("cuda", "cpu"))

@@ -18,11 +18,14 @@ from torch._inductor.utils import fresh_cache
 
 import fused_act
 from fused_act import ops
-from fused_act.families.base import digest, kernels_for
+from fused_act.families.base import kernels_for
+from fused_act.families.compiled import digest
 from tests.shared import accuracy, matrices
 from tests.shared.cases import (
+    BACKENDS,
     CASES,
     DEVICE,
+    INTERPRET,
     all_backends,
     all_dtypes,
     elementwise_rows,
@@ -365,3 +368,108 @@ def test_mirrored_is_one_kernel(case, memory_format):
         for function in (dynamic, case.facts.torch_function)
     )
     matrices.assert_equal(ours, theirs)
+
+
+def varying(function, reference, backend, training):
+    """The compilations that many values of a parameter take, each of which must be right."""
+    torch._dynamo.reset()
+    counters.clear()
+    compiled = torch.compile(function, backend=backend, fullgraph=True)
+    values = [1.7, 1.0, 0.5, 2.5, -3.0, 0.0, 1.1, 7.0, -0.3, 0.01, 0.2, 1.0, 1e-3, 20.0]
+    for value in values:
+        x = torch.linspace(-8, 9, 35, device=DEVICE, requires_grad=training)
+        y = compiled(x, value)
+        expected = reference(x, value)
+        torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5)
+        if training:
+            ours, theirs = (torch.autograd.grad(each.sum(), x)[0] for each in (y, expected))
+            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+    return counters["stats"]["unique_graphs"]
+
+
+WITH_PARAMETERS = {case.name: case for case in CASES if case.parameters}
+with_parameters = pytest.mark.parametrize("case", WITH_PARAMETERS.values(), ids=str)
+
+
+@with_parameters
+@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("inplace", [False, True])
+def test_a_parameter_that_varies(case, compiler, training, inplace):
+    """One compilation for the first value and one for all others, as of `x * sigmoid(beta * x)`."""
+
+    def function(x, value):
+        return case.facts.function(x * 1, value, inplace)
+
+    for choice in ("auto", "torch"):
+        with fused_act.use_backend(choice):
+            assert varying(function, case.facts.torch_function, compiler, training) == 2
+
+
+@with_parameters
+@all_backends
+@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.usefixtures("forced")
+def test_a_parameter_that_varies_for_a_forced_backend(case, backend, compiler, training):
+    """An op makes a constant of a float (pytorch#171320)."""
+    ours, theirs = case.facts.function, case.facts.torch_function
+    assert varying(ours, theirs, compiler, training) == 2
+
+
+@with_parameters
+@pytest.mark.parametrize("backend", ["auto", *BACKENDS[: int(INTERPRET)]])
+def test_a_parameter_that_is_known_only_when_the_code_runs(case, backend):
+    with torch._dynamo.config.patch(capture_scalar_outputs=True), fused_act.use_backend(backend):
+        compiled = torch.compile(
+            lambda x, value: case.facts.function(x, value.item()),
+            fullgraph=True,
+            backend="aot_eager",
+        )
+        for value in (0.5, 1.0, 3.0):
+            x = torch.linspace(-8, 9, 35, requires_grad=True)
+            results = (compiled(x, torch.tensor(value)), case.facts.torch_function(x, value))
+            torch.testing.assert_close(*results, rtol=1e-5, atol=1e-5)
+            grads = (torch.autograd.grad(y.sum(), x)[0] for y in results)
+            torch.testing.assert_close(*grads, rtol=1e-5, atol=1e-5)
+
+
+@with_parameters
+def test_a_parameter_that_is_said_to_vary_takes_one_compilation(case):
+    counters.clear()
+    compiled = torch.compile(case.facts.function, fullgraph=True, dynamic=True, backend="aot_eager")
+    x = torch.linspace(-8, 9, 35)
+    for value in (0.5, 1.7, 2.5, -3.0, 1.0):
+        expected = case.facts.torch_function(x, value)
+        torch.testing.assert_close(compiled(x, value), expected, rtol=1e-5, atol=1e-5)
+    assert counters["stats"]["unique_graphs"] == 1
+
+
+@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+def test_a_parameter_that_varies_and_is_tiny_or_huge(compiler):
+    """The formula of a beta that varies is right for all that one for a constant is right for."""
+    compiled = torch.compile(fused_act.swish, backend=compiler)
+    x = torch.tensor([-3e38, -88.0, -1e-3, 0.0, 1e-30, 2.0, 3e38])
+    for beta in (0.7, 1.3, 1e-40, 1e30, -1e30, 2.3e38, -2.3e38, 1.0, -2.0):
+        expected = (x.double() * torch.sigmoid(beta * x.double())).float()
+        torch.testing.assert_close(compiled(x, beta), expected, rtol=2e-6, atol=1e-37)
+
+
+@with_parameters
+@all_backends
+@pytest.mark.usefixtures("forced")
+def test_ops_that_take_tensors_for_floats(case, backend):
+    """Those of a forced backend in compiled code whose parameters vary."""
+    namespace = getattr(torch.ops, f"fused_act_{backend}")
+    x = torch.randn(3, 40, device=DEVICE)
+    tensors = [torch.tensor(each, dtype=torch.float64) for each in case.parameters]
+    table = ops.kernels(f"fused_act_{backend}")[case.name]
+    for op in (table.forward, table.forward_with_mask):
+        if op is not None:
+            overload = op.overloadpacket.Tensor
+            expected = op(x, *case.parameters)
+            torch.testing.assert_close(overload(x, *tensors), expected, rtol=0, atol=0)
+            torch.library.opcheck(overload, (x, *tensors))
+            with pytest.raises(RuntimeError, match=f"call fused_act.{case.name}"):
+                overload(x.clone().requires_grad_(), *tensors)
+    assert getattr(namespace, case.name).Tensor is table.forward.overloadpacket.Tensor

@@ -4,6 +4,7 @@ A gradient that is cut in silence trains on a wrong loss (pytorch#136662, #18158
 interpreter the Triton kernels are compiled; without it what needs no kernel.
 """
 
+import contextlib
 import functools
 
 import pytest
@@ -182,6 +183,26 @@ def test_second_derivatives(ours, theirs, compiler, config, place):
             assert second_derivative(place, theirs, compile_it) is None
             return
     assert_close(found, second_derivative(place, theirs, lambda f: f))
+
+
+@all_rows_and_ways
+@pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
+@pytest.mark.parametrize("second_inside", [False, True])
+def test_second_derivatives_through_compiled_autograd(ours, theirs, compiler, second_inside):
+    """It compiles the backward of eager code (pytorch#183603)."""
+    results = []
+    for f in (ours, theirs):
+        torch._dynamo.reset()
+        x = values().requires_grad_()
+        compiled = torch._dynamo.compiled_autograd._enable(torch.compile(backend=compiler))
+        with compiled if f is ours else contextlib.nullcontext():
+            (first,) = torch.autograd.grad(loss_with_more(f, x), x, create_graph=True)
+            if second_inside:
+                (second,) = torch.autograd.grad(first.square().sum(), x)
+        if not second_inside:
+            (second,) = torch.autograd.grad(first.square().sum(), x)
+        results.append((first, second))
+    assert_close(*results)
 
 
 @elementwise_rows

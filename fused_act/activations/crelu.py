@@ -10,35 +10,36 @@ import torch
 from torch import Tensor
 from torch.jit import is_scripting
 
-from fused_act.activations import relu
+from fused_act.activations.relu import ROW as RELU
+from fused_act.activations.relu import torch_relu
 from fused_act.families.mirrored import Mirrored
 
-ROW = Mirrored(name="crelu", spelling="CReLU", derived_from=relu.ROW)
+ROW = Mirrored(name="crelu", spelling="CReLU", derived_from=RELU)
 
 
-def crelu(x: Tensor, dim: int = 1) -> Tensor:
+def crelu(input: Tensor, dim: int = 1) -> Tensor:
     """CReLU, y = cat([relu(x), relu(-x)], dim) (arXiv:1603.05201).
 
     Args:
-        x: any shape and strides. On a GPU float16, bfloat16 and float32 run fused kernels; all
+        input: any shape and strides. On a GPU float16, bfloat16 and float32 run fused kernels; all
             other tensors, and all other devices, get torch's `cat` and `relu`.
         dim: the dimension that is twice as long in the result; 1 has the channels.
 
     Returns:
-        A tensor of the dtype and memory format of `x`, twice as long along `dim`.
+        A tensor of the dtype and memory format of `input`, twice as long along `dim`.
 
-    The kernels read `x` once and write the result once. Backward saves one bit for each element of
-    the result (the kernels) or both halves (torch). The gradient is 0 at exactly 0; NaN passes it
-    on.
+    The kernels read `input` once and write the result once. Backward saves one bit for each element
+    of the result (the kernels) or both halves (torch). The gradient is 0 at exactly 0; NaN passes
+    it on.
 
     Raises:
         IndexError, RuntimeError: as `torch.cat`, for a `dim` that does not exist and for a tensor
             without dimensions, and as `torch.relu`, for dtypes that it does not support.
-        TypeError, ValueError: a backend forced by `use_backend` does not take `x`.
+        TypeError, ValueError: a backend forced by `use_backend` does not take `input`.
     """
     if is_scripting():
-        return torch.cat([torch.relu(x), torch.relu(-x)], dim)
-    return ROW.activate(x, dim)
+        return torch.cat([torch_relu(input), torch_relu(-input)], dim)
+    return ROW.activate(input, dim)
 
 
 CReLUFunction = ROW.Function

@@ -9,11 +9,13 @@ reciprocal instead of an exponential, a logarithm and a hyperbolic tangent.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.jit import is_scripting
 
 from fused_act.families.elementwise import Elementwise
+from fused_act.libraries import own
+
+torch_mish = own("nn.functional.mish")
 
 # Below, e^x is subnormal and results take e^(x/2) twice. torch's own is off by 1.7e7 ULP there.
 TAIL = -87.0
@@ -43,7 +45,7 @@ def derivative(x: Tensor) -> Tensor:
 ROW = Elementwise(
     name="mish",
     spelling="Mish",
-    torch_forward=F.mish,
+    torch_forward=torch_mish,
     torch_backward=torch.ops.aten.mish_backward.default,
     forward=forward,
     derivative=derivative,
@@ -52,27 +54,27 @@ ROW = Elementwise(
 )
 
 
-def mish(x: Tensor, inplace: bool = False) -> Tensor:
+def mish(input: Tensor, inplace: bool = False) -> Tensor:
     """Mish, y = x * tanh(softplus(x)), applied to each element (arXiv:1908.08681).
 
     Args:
-        x: any shape and strides. On a GPU float16, bfloat16 and float32 run fused kernels; all
+        input: any shape and strides. On a GPU float16, bfloat16 and float32 run fused kernels; all
             other tensors, and all other devices, get `torch.nn.functional.mish`.
-        inplace: write the result into `x`.
+        inplace: write the result into `input`.
 
     Returns:
-        A tensor of the shape, dtype and memory format of `x`; `x` itself if `inplace`.
+        A tensor of the shape, dtype and memory format of `input`; `input` itself if `inplace`.
 
-    Backward saves `x` (a copy of it if `inplace`) and is exact, to any order.
+    Backward saves `input` (a copy of it if `inplace`) and is exact, to any order.
 
     Raises:
         RuntimeError: as `torch.nn.functional.mish`, for dtypes that it does not support and for
             `inplace` on a leaf that requires grad.
-        TypeError, ValueError: a backend forced by `use_backend` does not take `x`.
+        TypeError, ValueError: a backend forced by `use_backend` does not take `input`.
     """
     if is_scripting():
-        return F.mish(x, inplace)
-    return ROW.activate(x, inplace=inplace)
+        return torch_mish(input, inplace)
+    return ROW.activate(input, inplace=inplace)
 
 
 MishFunction = ROW.Function

@@ -8,11 +8,22 @@ The derivative is 0 or 1, so the kernels save one bit an element for backward.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.jit import is_scripting
+from torch.overrides import has_torch_function_unary
 
 from fused_act.families.elementwise import Elementwise
+from fused_act.libraries import own
+
+F_relu = own("nn.functional.relu")
+torch_relu, torch_relu_ = own("relu"), own("relu_")
+
+
+def torch_forward(x: Tensor, inplace: bool = False) -> Tensor:
+    """As `F.relu`, which subclasses get, and which calls what `torch.relu` is then."""
+    if has_torch_function_unary(x):
+        return F_relu(x, inplace)
+    return torch_relu_(x) if inplace else torch_relu(x)
 
 
 def torch_backward(grad_output: Tensor, x: Tensor) -> Tensor:
@@ -22,22 +33,22 @@ def torch_backward(grad_output: Tensor, x: Tensor) -> Tensor:
 ROW = Elementwise(
     name="relu",
     spelling="ReLU",
-    torch_forward=F.relu,
+    torch_forward=torch_forward,
     torch_backward=torch_backward,
     saves="mask",
 )
 
 
-def relu(x: Tensor, inplace: bool = False) -> Tensor:
+def relu(input: Tensor, inplace: bool = False) -> Tensor:
     """ReLU, y = max(x, 0), applied to each element.
 
     Args:
-        x: any shape and strides. On a GPU float16, bfloat16 and float32 run fused kernels; all
+        input: any shape and strides. On a GPU float16, bfloat16 and float32 run fused kernels; all
             other tensors, and all other devices, get `torch.nn.functional.relu`.
-        inplace: write the result into `x`.
+        inplace: write the result into `input`.
 
     Returns:
-        A tensor of the shape, dtype and memory format of `x`; `x` itself if `inplace`.
+        A tensor of the shape, dtype and memory format of `input`; `input` itself if `inplace`.
 
     Backward saves one bit an element (the kernels) or `y` (torch). The gradient is 0 at exactly 0;
     NaN passes it on.
@@ -45,11 +56,11 @@ def relu(x: Tensor, inplace: bool = False) -> Tensor:
     Raises:
         RuntimeError: as `torch.nn.functional.relu`, for dtypes that it does not support and for
             `inplace` on a leaf that requires grad.
-        TypeError, ValueError: a backend forced by `use_backend` does not take `x`.
+        TypeError, ValueError: a backend forced by `use_backend` does not take `input`.
     """
     if is_scripting():
-        return F.relu(x, inplace)
-    return ROW.activate(x, inplace=inplace)
+        return torch_relu_(input) if inplace else torch_relu(input)
+    return ROW.activate(input, inplace=inplace)
 
 
 ReLUFunction = ROW.Function

@@ -9,13 +9,15 @@ The derivative is 0 or 1, so the kernels save one bit an element for backward.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.graph import Node
 from torch.jit import is_scripting
 
 from fused_act._torch_private import saved
 from fused_act.families.elementwise import Elementwise
+from fused_act.libraries import own
+
+torch_relu6 = own("nn.functional.relu6")
 
 
 def torch_backward(grad_output: Tensor, x: Tensor) -> Tensor:
@@ -30,7 +32,7 @@ def torch_parameters(node: Node) -> tuple[()] | None:
 ROW = Elementwise(
     name="relu6",
     spelling="ReLU6",
-    torch_forward=F.relu6,
+    torch_forward=torch_relu6,
     torch_backward=torch_backward,
     saves="mask",
     torch_node="HardtanhBackward0",
@@ -38,28 +40,28 @@ ROW = Elementwise(
 )
 
 
-def relu6(x: Tensor, inplace: bool = False) -> Tensor:
+def relu6(input: Tensor, inplace: bool = False) -> Tensor:
     """ReLU6, y = min(max(x, 0), 6), applied to each element (arXiv:1704.04861).
 
     Args:
-        x: any shape and strides. On a GPU float16, bfloat16 and float32 run fused kernels; all
+        input: any shape and strides. On a GPU float16, bfloat16 and float32 run fused kernels; all
             other tensors, and all other devices, get `torch.nn.functional.relu6`.
-        inplace: write the result into `x`.
+        inplace: write the result into `input`.
 
     Returns:
-        A tensor of the shape, dtype and memory format of `x`; `x` itself if `inplace`.
+        A tensor of the shape, dtype and memory format of `input`; `input` itself if `inplace`.
 
-    Backward saves one bit an element (the kernels, in place too) or `x` (torch). The gradient is 0
-    at exactly 0 and 6; NaN passes it on.
+    Backward saves one bit an element (the kernels, in place too) or `input` (torch). The gradient
+    is 0 at exactly 0 and 6; NaN passes it on.
 
     Raises:
         RuntimeError: as `torch.nn.functional.relu6`, for dtypes that it does not support and for
             `inplace` on a leaf that requires grad.
-        TypeError, ValueError: a backend forced by `use_backend` does not take `x`.
+        TypeError, ValueError: a backend forced by `use_backend` does not take `input`.
     """
     if is_scripting():
-        return F.relu6(x, inplace)
-    return ROW.activate(x, inplace=inplace)
+        return torch_relu6(input, inplace)
+    return ROW.activate(input, inplace=inplace)
 
 
 ReLU6Function = ROW.Function

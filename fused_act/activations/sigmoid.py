@@ -11,10 +11,13 @@ from torch import Tensor
 from torch.jit import is_scripting
 
 from fused_act.families.elementwise import Elementwise
+from fused_act.libraries import own
+
+torch_sigmoid, torch_sigmoid_ = own("sigmoid"), own("sigmoid_")
 
 
 def torch_forward(x: Tensor, inplace: bool = False) -> Tensor:
-    return torch.sigmoid_(x) if inplace else torch.sigmoid(x)
+    return torch_sigmoid_(x) if inplace else torch_sigmoid(x)
 
 
 ROW = Elementwise(
@@ -26,27 +29,27 @@ ROW = Elementwise(
 )
 
 
-def sigmoid(x: Tensor, inplace: bool = False) -> Tensor:
+def sigmoid(input: Tensor, inplace: bool = False) -> Tensor:
     """Sigmoid, y = 1 / (1 + exp(-x)), applied to each element.
 
     Args:
-        x: any shape and strides. On a GPU float16, bfloat16 and float32 run fused kernels; all
+        input: any shape and strides. On a GPU float16, bfloat16 and float32 run fused kernels; all
             other tensors, and all other devices, get `torch.sigmoid`.
-        inplace: write the result into `x`.
+        inplace: write the result into `input`.
 
     Returns:
-        A tensor of the shape, dtype and memory format of `x`; `x` itself if `inplace`.
+        A tensor of the shape, dtype and memory format of `input`; `input` itself if `inplace`.
 
     Backward saves `y`, as torch does, and is exact for this rounded `y`, to any order.
 
     Raises:
         RuntimeError: as `torch.sigmoid`, for dtypes that it does not support and for `inplace` on a
             leaf that requires grad.
-        TypeError, ValueError: a backend forced by `use_backend` does not take `x`.
+        TypeError, ValueError: a backend forced by `use_backend` does not take `input`.
     """
     if is_scripting():
-        return torch_forward(x, inplace)
-    return ROW.activate(x, inplace=inplace)
+        return torch_forward(input, inplace)
+    return ROW.activate(input, inplace=inplace)
 
 
 SigmoidFunction = ROW.Function

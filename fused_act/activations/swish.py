@@ -7,13 +7,16 @@ Elfwing, Uchibe, Doya, "Sigmoid-Weighted Linear Units", 2017, arXiv:1702.03118.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.jit import is_scripting
 
 from fused_act.families.base import as_float
+from fused_act.families.compiled import holds, is_known
 from fused_act.families.elementwise import Elementwise
 from fused_act.families.weighted import Weighted, channels
+from fused_act.libraries import own
+
+torch_silu = own("nn.functional.silu")
 
 
 def exponential(x: Tensor, beta: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -22,8 +25,10 @@ def exponential(x: Tensor, beta: float) -> tuple[Tensor, Tensor, Tensor]:
     Then sigmoid(z) = q * h, and a product with one after the other keeps the tail.
     """
     # Only a beta beyond 2 makes -inf of a finite x, and the derivative NaN of that.
-    minimum = -120.0 if abs(beta) > 2.0 else None
-    w = torch.clamp(x * (0.5 * beta), min=minimum, max=11.0)
+    minimum = None if is_known(abs(beta) <= 2.0) else -120.0
+    # A product of x and a symbol becomes one of tensors; one of a number and a symbol may not.
+    z = x * 0.5 * beta if isinstance(beta, torch.SymFloat) else x * (0.5 * beta)
+    w = torch.clamp(z, min=minimum, max=11.0)
     h = torch.exp(w)
     return w, h, h / (1.0 + h * h)
 
@@ -40,11 +45,15 @@ def derivative(x: Tensor, beta: float) -> Tensor:
 
 def torch_forward(x: Tensor, beta: float, inplace: bool = False) -> Tensor:
     """torch has no Swish: `F.silu` where beta is 1, else the definition."""
-    if beta == 1.0:
-        return F.silu(x, inplace=inplace)
+    if is_known(beta == 1.0):
+        return torch_silu(x, inplace=inplace)
     if isinstance(x, Tensor) and not (x.is_floating_point() or x.is_complex()):
-        raise TypeError(f"swish: expected x to be floating point or complex, got {x.dtype}")
-    gate = torch.sigmoid(beta * x)
+        raise TypeError(f"swish: expected input to be floating point or complex, got {x.dtype}")
+    return definition(x, beta, inplace)
+
+
+def definition(x: Tensor, beta: float, inplace: bool) -> Tensor:
+    gate = (beta * x).sigmoid()
     return x.mul_(gate) if inplace else x * gate
 
 
@@ -52,7 +61,7 @@ def torch_backward(grad_output: Tensor, x: Tensor, beta: float) -> Tensor:
     # torch refuses to differentiate SiLU of complex numbers; called like this, it gets it wrong.
     if beta == 1.0 and not x.is_complex():
         return torch.ops.aten.silu_backward.default(grad_output, x)
-    gate = torch.sigmoid(beta * x)
+    gate = (beta * x).sigmoid()
     # As autograd has it, bit for bit, and of complex numbers too.
     through_gate = torch.ops.aten.sigmoid_backward.default(grad_output * x.conj(), gate)
     return grad_output * gate.conj() + through_gate * beta
@@ -67,7 +76,7 @@ ROW = Elementwise(
     derivative=derivative,
     parameters=("beta",),
     # Inductor does torch's own SiLU as well as it can be done. Beyond 1e30, x * q underflows.
-    fuses=lambda beta: beta != 1.0 and abs(beta) <= 1e30,
+    fuses=lambda beta: not is_known(beta == 1.0) and holds(abs(beta) <= 1e30),
     torch_node="SiluBackward0",
     torch_parameters=lambda node: (1.0,),
 )
@@ -79,7 +88,7 @@ def torch_learnable(x: Tensor, beta: Tensor) -> Tensor:
         beta = beta.reshape([1, -1] + [1] * (x.dim() - 2))
     else:
         beta = beta.reshape([1] * x.dim())
-    return (x * torch.sigmoid(beta * x)).to(x.dtype)
+    return (x * (beta * x).sigmoid()).to(x.dtype)
 
 
 torch.fx.wrap("torch_learnable")  # a node of the graph: a symbolic x has no number of dimensions
@@ -88,7 +97,7 @@ torch.fx.wrap("torch_learnable")  # a node of the graph: a symbolic x has no num
 def checked_learnable(x: Tensor, beta: Tensor) -> Tensor:
     """`torch_learnable`, or an error for a beta that does not fit."""
     if not (x.is_floating_point() or x.is_complex()):
-        raise TypeError(f"swish: expected x to be floating point or complex, got {x.dtype}")
+        raise TypeError(f"swish: expected input to be floating point or complex, got {x.dtype}")
     if beta.dtype not in (x.dtype, torch.float32):
         expected = " or ".join(dict.fromkeys(map(str, (x.dtype, torch.float32))))
         raise TypeError(f"swish: expected beta to be {expected}, got {beta.dtype}")
@@ -96,7 +105,7 @@ def checked_learnable(x: Tensor, beta: Tensor) -> Tensor:
         return torch_learnable(x, beta)
     if beta.dim() > 1 or beta.numel() not in (1, channels(x)):
         raise ValueError(
-            f"swish: expected beta of shape (1,) or ({channels(x)},) for x of shape "
+            f"swish: expected beta of shape (1,) or ({channels(x)},) for input of shape "
             f"{tuple(x.shape)}, got {tuple(beta.shape)}"
         )
     return torch_learnable(x, beta)
@@ -115,47 +124,48 @@ LEARNABLE_ROW = Weighted(
 LARGEST_BETA = 2.3e38
 
 
-def swish(x: Tensor, beta: float | Tensor = 1.0, inplace: bool = False) -> Tensor:
+def swish(input: Tensor, beta: float | Tensor = 1.0, inplace: bool = False) -> Tensor:
     """Swish, y = x * sigmoid(beta * x), applied to each element (arXiv:1710.05941).
 
     Args:
-        x: any shape and strides. On a GPU float16, bfloat16 and float32 run fused kernels; all
+        input: any shape and strides. On a GPU float16, bfloat16 and float32 run fused kernels; all
             other tensors, and all other devices, get `torch.nn.functional.silu` (beta = 1) or
             `x * torch.sigmoid(beta * x)`.
         beta: a float, at most 2.3e38 in magnitude; or a tensor, to be learnt, of shape (), (1,) or
-            (x.size(1),), in the dtype of `x` or in float32: one for each channel, or one for all.
-        inplace: write the result into `x`; not with a tensor `beta`.
+            (input.size(1),), in the dtype of `input` or in float32: one for each channel, or one
+            for all.
+        inplace: write the result into `input`; not with a tensor `beta`.
 
     Returns:
-        A tensor of the shape, dtype and memory format of `x`; `x` itself if `inplace`.
+        A tensor of the shape, dtype and memory format of `input`; `input` itself if `inplace`.
 
-    Backward saves `x` (a copy of it if `inplace`) and is exact, to any order. That of a tensor
+    Backward saves `input` (a copy of it if `inplace`) and is exact, to any order. That of a tensor
     `beta` is summed in fp32, in the same pass and in an order that is always the same.
 
     Raises:
         TypeError, ValueError: `beta` is not such a float or tensor, or a backend forced by
-            `use_backend` does not take `x`.
+            `use_backend` does not take `input`.
         RuntimeError: as `torch.nn.functional.silu`, for dtypes that it does not support and for
             `inplace` on a leaf that requires grad.
     """
     if is_scripting():
         if isinstance(beta, Tensor):
-            return torch_learnable(x, beta)
-        return torch_forward(x, beta, inplace)
+            return torch_learnable(input, beta)
+        return torch_silu(input, inplace) if beta == 1.0 else definition(input, beta, inplace)
     if not isinstance(beta, (Tensor, torch.fx.Proxy)):
-        return ROW.activate(x, as_float("swish", "beta", beta, LARGEST_BETA), inplace=inplace)
+        return ROW.activate(input, as_float("swish", "beta", beta, LARGEST_BETA), inplace=inplace)
     if inplace:
         raise ValueError("swish: expected inplace=False with a tensor beta, got True")
-    if isinstance(x, torch.fx.Proxy):
-        return torch_learnable(x, beta)
-    return LEARNABLE_ROW.activate(x, beta)
+    if isinstance(input, torch.fx.Proxy):
+        return torch_learnable(input, beta)
+    return LEARNABLE_ROW.activate(input, beta)
 
 
-def silu(x: Tensor, inplace: bool = False) -> Tensor:
+def silu(input: Tensor, inplace: bool = False) -> Tensor:
     """SiLU, y = x * sigmoid(x): `swish` with beta = 1. See there (arXiv:1702.03118)."""
     if is_scripting():
-        return F.silu(x, inplace)
-    return ROW.activate(x, 1.0, inplace=inplace)
+        return torch_silu(input, inplace)
+    return ROW.activate(input, 1.0, inplace=inplace)
 
 
 SwishFunction = ROW.Function
@@ -198,10 +208,16 @@ class Swish(torch.nn.Module):
             )
         self.beta: float | torch.nn.Parameter = beta
         if learnable:
+            self.init = beta
             self.beta = torch.nn.Parameter(
                 torch.full((num_parameters,), beta, device=device, dtype=dtype)
             )
         self.inplace = inplace
+
+    def reset_parameters(self) -> None:
+        """Give a learnable beta the value that it began with."""
+        if isinstance(self.beta, Tensor):
+            torch.nn.init.constant_(self.beta, self.init)
 
     def forward(self, input: Tensor) -> Tensor:
         return swish(input, self.beta, self.inplace)

@@ -10,10 +10,13 @@ from torch import Tensor
 from torch.jit import is_scripting
 
 from fused_act.families.elementwise import Elementwise
+from fused_act.libraries import own
+
+torch_tanh, torch_tanh_ = own("tanh"), own("tanh_")
 
 
 def torch_forward(x: Tensor, inplace: bool = False) -> Tensor:
-    return torch.tanh_(x) if inplace else torch.tanh(x)
+    return torch_tanh_(x) if inplace else torch_tanh(x)
 
 
 ROW = Elementwise(
@@ -25,27 +28,27 @@ ROW = Elementwise(
 )
 
 
-def tanh(x: Tensor, inplace: bool = False) -> Tensor:
+def tanh(input: Tensor, inplace: bool = False) -> Tensor:
     """Tanh, the hyperbolic tangent, applied to each element.
 
     Args:
-        x: any shape and strides. On a GPU float16, bfloat16 and float32 run fused kernels; all
+        input: any shape and strides. On a GPU float16, bfloat16 and float32 run fused kernels; all
             other tensors, and all other devices, get `torch.tanh`.
-        inplace: write the result into `x`.
+        inplace: write the result into `input`.
 
     Returns:
-        A tensor of the shape, dtype and memory format of `x`; `x` itself if `inplace`.
+        A tensor of the shape, dtype and memory format of `input`; `input` itself if `inplace`.
 
     Backward saves `y`, as torch does, and is exact for this rounded `y`, to any order.
 
     Raises:
         RuntimeError: as `torch.tanh`, for dtypes that it does not support and for `inplace` on a
             leaf that requires grad.
-        TypeError, ValueError: a backend forced by `use_backend` does not take `x`.
+        TypeError, ValueError: a backend forced by `use_backend` does not take `input`.
     """
     if is_scripting():
-        return torch_forward(x, inplace)
-    return ROW.activate(x, inplace=inplace)
+        return torch_forward(input, inplace)
+    return ROW.activate(input, inplace=inplace)
 
 
 TanhFunction = ROW.Function

@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import numbers
-import zlib
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeGuard, TypeVar
 
 import torch
@@ -20,31 +18,16 @@ from torch.autograd.graph import Node
 
 from fused_act import dispatch
 from fused_act._torch_private import (
-    OpOverload,
     below_autograd,
     is_exporting,
     is_forward_ad_active,
     is_transformed,
 )
 from fused_act.dispatch import DTYPES, PLAIN, Kernels
+from fused_act.families.compiled import define_graph_op, first, holds
 from fused_act.families.raw_op import RawOp
-from fused_act.version import __version__
 
 Result = TypeVar("Result")
-
-# The ops of `define_graph_op`. Kept here because ops vanish with their Library.
-LIBRARY = torch.library.Library("fused_act", "DEF")
-
-
-def digest(folder: Path) -> str:
-    """A checksum of this version and of the Python sources in `folder`."""
-    found = zlib.crc32(__version__.encode())
-    for path in sorted(folder.rglob("*.py")):
-        found = zlib.crc32(path.read_bytes(), found)
-    return f"{found:08x}"
-
-
-SOURCES = digest(Path(__file__).parent.parent)
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
@@ -246,48 +229,6 @@ def function_class(
     return NotTraced(row.spelling + kind, (KernelFunction,), members)
 
 
-def graph_name() -> str:
-    """The name by which the op of `define_graph_op` finds the kernels that `kernels_for` chose.
-
-    The name changes with the sources of this package, because AOTAutograd keeps compiled code on
-    disk under the text of a graph, and the text shows this name but not the formula.
-    """
-    kind = "formula" if dispatch.forced is None else dispatch.forced.name
-    return f"{kind} {SOURCES}"
-
-
-def define_graph_op(row: Row) -> OpOverload:
-    """Define `torch.ops.fused_act.NAME(x, ..., kernels) -> y`, the Function as an op of a graph.
-
-    This op stands for the Function in the graphs that Dynamo makes, so that second derivatives are
-    right. Dynamo would trace the backward of a Function with gradients off, and where a compiled
-    program is differentiated twice, the second derivative would be 0 (pytorch#91469, #181581).
-    Dynamo does not look into an op. AOTAutograd runs the op's implementation, and with it the
-    Function and its backward, as eager code does. So the graph that is compiled in the end has the
-    ops of the formula or of the kernels, and not this op.
-    """
-
-    def implementation(*args: Any) -> Tensor:
-        *inputs, name = args
-        if is_transformed():
-            return row.torch_forward(*inputs)
-        kind = name.partition(" ")[0]
-        if kind == "formula":
-            kernels = row.formula
-        else:
-            kernels = dispatch.BACKENDS[kind].ready().kernels[row.name]
-        return first(row.Function.apply_kernels(*inputs, kernels))
-
-    schema = f"{row.name}({row.signature}, str kernels) -> Tensor"
-    LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    LIBRARY.impl(row.name, implementation, "CompositeImplicitAutograd")
-    return getattr(torch.ops.fused_act, row.name).default
-
-
-def first(outputs: Tensor | tuple[Tensor, ...]) -> Tensor:
-    return outputs[0] if isinstance(outputs, tuple) else outputs
-
-
 def call(op: Callable[..., Result] | None, *args: Any, **kwargs: Any) -> Result:
     """Call an op from within a Function, below Autograd, where raw ops refuse to be differentiated.
 
@@ -320,6 +261,6 @@ def as_float(op: str, name: str, value: float, largest: float) -> float:
         not isinstance(value, numbers.Real) or isinstance(value, bool)
     ):
         raise TypeError(f"{op}: expected {name} to be a float, got {type(value).__name__}")
-    if not -largest <= value <= largest:
+    if not (holds(-largest <= value) and holds(value <= largest)):
         raise ValueError(f"{op}: expected {name} between {-largest} and {largest}, got {value}")
     return float(value)

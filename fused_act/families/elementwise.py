@@ -30,12 +30,11 @@ from fused_act.families.base import (
     Row,
     call,
     convert,
-    first,
     function_class,
-    graph_name,
     is_backward_differentiated,
     kernels_for,
 )
+from fused_act.families.compiled import first, graph_name, outside, vary
 from fused_act.families.masks import MaskContext, save_mask, unpack, zeros_of_input
 from fused_act.families.raw_op import (
     RawOp,
@@ -137,9 +136,7 @@ class Elementwise(Row):
         ) -> Tensor | tuple[Tensor, Tensor]:
             parameters = args[:count]
             # CUDA's backward runs on engine threads and maybe after `use_backend` has ended.
-            kernels: Kernels = (
-                args[count] if len(args) > count else kernels_for(self, x, *parameters)
-            )
+            kernels: Kernels = args[count] if args[count:] else kernels_for(self, x, *parameters)
             ctx.kernels, ctx.parameters = kernels, parameters
             if kernels.forward_with_mask is None:
                 y = call(kernels.forward, x, *parameters)
@@ -151,8 +148,7 @@ class Elementwise(Row):
         def backward(
             ctx: ElementwiseContext, grad_output: Tensor | None, grad_anchor: Tensor | None = None
         ) -> tuple[Tensor | None, ...]:
-            grad = grad_input(self, self.saves, ctx, grad_output)
-            return (grad, *[None] * (count + 1))
+            return (grad_input(self, self.saves, ctx, grad_output), *[None] * (count + 1))
 
         def recompute(node: ElementwiseContext) -> Callable[[Tensor], Tensor] | None:
             kernels, parameters = node.kernels, node.parameters
@@ -187,7 +183,9 @@ class Elementwise(Row):
             ctx: ElementwiseContext, grad_output: Tensor | None, grad_anchor: Tensor | None = None
         ) -> tuple[Tensor | None, ...]:
             grad = grad_input(self, saves, ctx, grad_output)
-            return (grad, None, *[None] * (count + 1))
+            # Compiled autograd adds the gradients of both up, and knows no None.
+            of_x = torch.zeros_like(grad) if torch.compiler.is_dynamo_compiling() else None
+            return (grad, of_x, *[None] * (count + 1))
 
         return function_class(self, "InplaceFunction", saves, forward, backward)
 
@@ -204,7 +202,7 @@ class Elementwise(Row):
         if torch.compiler.is_compiling():
             if inplace:  # backward needs x as it was; Inductor drops the clone
                 return x.copy_(self.activate(x.clone(), *parameters))
-            if needs_grad:
+            if needs_grad or vary(parameters):
                 return self.graph_op(x, *parameters, graph_name())
             return kernels.forward(x, *parameters)
         if needs_grad:
@@ -318,9 +316,15 @@ def grad_input(
             return row.torch_backward_from_output(grad_output, saved, *parameters)
         return call(kernels.backward_from_output, grad_output, saved, *parameters)
     if differentiable:
-        with torch.enable_grad():
-            x = saved.view_as(saved)  # in the same graph, but without the hooks that x may have
-            y = row.torch_forward(x, *parameters, inplace=False)
-        create_graph = torch.is_grad_enabled()
-        return torch.autograd.grad(y, x, grad_output, create_graph=create_graph)[0]
+        return outside(torch_gradient, row, grad_output, saved, parameters)
     return call(kernels.backward, grad_output, saved, *parameters)
+
+
+def torch_gradient(
+    row: Elementwise, grad_output: Tensor, saved: Tensor, parameters: tuple[float, ...]
+) -> Tensor:
+    """The gradient by torch's own op, in the same graph, but without the hooks that x may have."""
+    with torch.enable_grad():
+        x = saved.view_as(saved)
+        y = row.torch_forward(x, *parameters, inplace=False)
+    return torch.autograd.grad(y, x, grad_output, create_graph=torch.is_grad_enabled())[0]

@@ -27,12 +27,11 @@ from fused_act.families.base import (
     KernelFunction,
     Row,
     call,
-    first,
     function_class,
-    graph_name,
     is_backward_differentiated,
     kernels_for,
 )
+from fused_act.families.compiled import first, graph_name
 from fused_act.families.elementwise import Elementwise
 from fused_act.families.masks import MaskContext, save_mask, unpack, zeros_of_input
 from fused_act.families.raw_op import (

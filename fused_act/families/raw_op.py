@@ -34,6 +34,12 @@ class RawOp(NamedTuple):
     def name(self) -> str:
         return self.schema.partition("(")[0]
 
+    @property
+    def floats(self) -> tuple[int, ...]:
+        """The places of the arguments that are floats."""
+        arguments = self.schema.partition("(")[2].split(", ")
+        return tuple(i for i, each in enumerate(arguments) if each.startswith("float "))
+
 
 def check(
     op: str, device_types: tuple[str, ...] | None, x: Tensor, other: Tensor | None = None

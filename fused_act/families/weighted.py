@@ -27,10 +27,10 @@ from fused_act.families.base import (
     call,
     convert,
     function_class,
-    graph_name,
     is_backward_differentiated,
     kernels_for,
 )
+from fused_act.families.compiled import graph_name, outside
 from fused_act.families.raw_op import RawOp, check, like_x
 
 
@@ -82,7 +82,7 @@ class Weighted(Row):
         def backward(ctx: Context, grad_output: Tensor) -> tuple[Tensor | None, ...]:
             x, weight = ctx.saved_tensors
             if ctx.kernels is self.eager or is_backward_differentiated():
-                return (*torch_gradients(self, ctx, x, weight, grad_output), None)
+                return (*outside(torch_gradients, self, ctx, x, weight, grad_output), None)
             grad_input, grad_weight = call(ctx.kernels.backward, grad_output, x, as_vector(weight))
             grad_weight = convert(grad_weight, weight.dtype).reshape(weight.shape)
             needs_input, needs_weight = ctx.needs_input_grad[:2]

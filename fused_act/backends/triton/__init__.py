@@ -84,9 +84,8 @@ def version() -> str | None:
 def load() -> dict[str, Kernels]:
     """Import Triton (90 ms, so not before it is needed) and give the raw ops their kernels."""
     for row in ROWS.values():
-        for name, implementation in implementations(row).items():
-            for device_type in DEVICE_TYPES:
-                ops.TRITON_LIBRARY.impl(name, implementation, device_type.upper())
+        for device_type in DEVICE_TYPES:
+            ops.implement("fused_act_triton", device_type, implementations(row))
     return ops.kernels("fused_act_triton")
 
 
