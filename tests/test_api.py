@@ -4,6 +4,8 @@ import concurrent.futures
 import contextlib
 import copy
 import importlib.metadata
+import inspect
+import io
 import os
 import pickle
 import re
@@ -13,6 +15,7 @@ import time
 import types
 import warnings
 
+import numpy
 import pytest
 import torch
 from torch import nn
@@ -23,7 +26,7 @@ from fused_act import ops, replace
 from fused_act.activations import ROWS
 from fused_act.dispatch import BACKENDS
 from fused_act.families import base
-from tests.shared.cases import elementwise_rows
+from tests.shared.cases import all_rows, elementwise_rows
 
 # Ours, torch's, and how both are made.
 MODULES = [
@@ -96,6 +99,7 @@ def test_beta_must_be_a_float_that_fp32_takes(beta, error):
         (1e39, ValueError, "1e"),
         ("0.1", TypeError, "str"),
         (None, TypeError, "NoneType"),
+        (1j, TypeError, "complex"),
     ],
 )
 def test_slope_must_be_a_finite_float(slope, error, got):
@@ -106,6 +110,35 @@ def test_slope_must_be_a_finite_float(slope, error, got):
     with pytest.raises(error, match=message):
         fused_act.LeakyReLU(slope)
     assert torch.equal(fused_act.leaky_relu(x, -2), torch.nn.functional.leaky_relu(x, -2))
+
+
+SLIPS = [True, False, 1, 0, torch.tensor(0.1), torch.tensor(2), numpy.float32(0.3), numpy.int64(2)]
+
+
+@pytest.mark.parametrize("slope", SLIPS, ids=repr)
+@pytest.mark.parametrize("inplace", [False, True])
+def test_slopes_that_torch_takes(slope, inplace):
+    """`LeakyReLU(True)` is a slip that runs: its author meant `inplace`."""
+    x = torch.linspace(-3, 3, 7)
+    expected = torch.nn.functional.leaky_relu(x, slope)
+    assert torch.equal(fused_act.leaky_relu(x.clone(), slope, inplace), expected)
+    original = nn.LeakyReLU(slope, inplace)
+    for module in (fused_act.LeakyReLU(slope, inplace), fused_act.replace_activations(original)):
+        assert type(module) is fused_act.LeakyReLU
+        assert torch.equal(module(x.clone()), expected)
+        assert torch.equal(torch.compile(module, backend="eager")(x.clone()), expected)
+
+
+@all_rows
+def test_the_first_parameter_is_input(case):
+    """As torch calls it: models write `act(input=x)`."""
+    x = torch.linspace(-8, 8, 24).reshape(2, 3, 4)
+    functions = [case.facts.function, *([fused_act.silu] if case.name == "swish" else [])]
+    for function in functions:
+        names = list(inspect.signature(function).parameters)
+        assert names[0] == "input"
+        others = dict(zip(names[1:], case.arguments(x))) if function is not fused_act.silu else {}
+        assert torch.equal(function(input=x, **others), function(x, **others))
 
 
 @elementwise_rows
@@ -147,7 +180,9 @@ def test_public_functions():
     assert issubclass(fused_act.MishFunction, torch.autograd.Function)
     functions = {value for name, value in vars(fused_act).items() if name.endswith("Function")}
     assert functions == {row.Function for row in ROWS.values()}
-    assert all(pickle.loads(pickle.dumps(function)) is function for function in functions)
+    for function in functions:
+        assert pickle.loads(pickle.dumps(function)) is function
+        assert pickle.loads(pickle.dumps(function.apply)) == function.apply
     for name in fused_act.__all__:
         assert getattr(fused_act, name).__doc__, name
 
@@ -532,3 +567,50 @@ def test_learnable_swish_module():
     assert repr(module) == "Swish(learnable=True, num_parameters=3)"
     assert torch.equal(pickle.loads(pickle.dumps(module)).beta, module.beta)
     assert not list(fused_act.Swish(1.5).parameters())
+
+
+class Holder(nn.Module):
+    """A model that holds a Function's `apply`, as many do."""
+
+    def __init__(self, apply):
+        super().__init__()
+        self.act = apply
+
+
+@all_rows
+def test_a_model_that_holds_apply_is_saved(case):
+    saved = io.BytesIO()
+    torch.save(Holder(case.row.Function.apply), saved)
+    saved.seek(0)
+    loaded = torch.load(saved, weights_only=False)
+    x = torch.linspace(-8, 8, 24).reshape(2, 3, 4)
+    assert torch.equal(loaded.act(x, *case.arguments(x)), case.function(x))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda **options: fused_act.Swish(1.5, learnable=True, num_parameters=3, **options),
+        lambda **options: fused_act.PReLU(3, init=0.1, **options),
+        lambda **options: fused_act.replace_activations(nn.PReLU(3, init=0.1, **options)),
+    ],
+    ids=["Swish", "PReLU", "replaced"],
+)
+def test_modules_with_parameters_reset_them(make):
+    """Models are built on meta and then reset, as users of FSDP2 do (torchtune#1956)."""
+    expected = make().state_dict()
+    module = make(device="meta").to_empty(device="cpu")
+    for parameter in module.parameters():
+        parameter.data.fill_(77.0)
+    module.reset_parameters()
+    assert module.state_dict().keys() == expected.keys()
+    for name, value in module.state_dict().items():
+        assert torch.equal(value, expected[name])
+
+
+def test_every_module_of_ours_with_parameters_resets_them():
+    for value in vars(fused_act).values():
+        if isinstance(value, type) and issubclass(value, nn.Module):
+            has_parameters = value in (fused_act.Swish, fused_act.PReLU)
+            assert hasattr(value, "reset_parameters") is has_parameters
+    fused_act.Swish(1.5).reset_parameters()  # has none to reset

@@ -21,7 +21,14 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
-from tests.shared.cases import BACKENDS, DEVICE, combinations, elementwise_rows
+from tests.shared.cases import (
+    ALL_CASES,
+    BACKENDS,
+    DEVICE,
+    all_backends,
+    combinations,
+    elementwise_rows,
+)
 
 # The ways to a gradient: what users call, the Function by itself, and the kernels of each backend.
 WAYS = [
@@ -300,3 +307,23 @@ TRANSFORMS = {
 def test_transforms_are_torchs(ours, theirs, transform):
     x = values().detach()[:15].reshape(5, 3)
     assert torch.equal(transform(lambda x: ours(x * 1), x), transform(lambda x: theirs(x * 1), x))
+
+
+def in_fp8(tensor):
+    """What the README says to compress: no bits, and nothing empty."""
+    if tensor.is_floating_point() and tensor.numel() > 0:
+        return tensor.dtype, (tensor / tensor.abs().amax()).to(torch.float8_e4m3fn)
+    return tensor.dtype, tensor
+
+
+@pytest.mark.parametrize("case", [case for case in ALL_CASES if case.saves == "mask"], ids=str)
+@all_backends
+@pytest.mark.usefixtures("forced")
+def test_hooks_that_compress_leave_bits_alone(case, backend):
+    """fp8 for bits made a third of the gradients wrong, and an empty tensor has no maximum."""
+    x = torch.linspace(-8, 8, 64, device=DEVICE).reshape(2, 32).requires_grad_()
+    weight = torch.randn_like(case.function(x))
+    expected = torch.autograd.grad(case.function(x), x, weight)[0]
+    with graph.saved_tensors_hooks(in_fp8, lambda packed: packed[1].to(packed[0])):
+        y = case.function(x)
+    assert torch.equal(torch.autograd.grad(y, x, weight)[0], expected)

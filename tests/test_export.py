@@ -105,7 +105,9 @@ def test_decomposed_program_is_torchs(models):
 
 @both_modes
 def test_integers_are_refused_at_export(strict):
-    with pytest.raises(Exception, match=r"swish: expected x to be floating point or complex, got"):
+    with pytest.raises(
+        Exception, match=r"swish: expected input to be floating point or complex, got"
+    ):
         torch.export.export(fused_act.Swish(1.702), (torch.ones(3).long(),), strict=strict)
 
 

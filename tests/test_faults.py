@@ -183,9 +183,9 @@ def test_bad_dim_is_torchs_error(case, backend, wrong):
 @all_backends
 def test_mirrored_refusals_of_a_forced_backend(case, backend):
     for x, error, match in (
-        (torch.zeros(3, 3, dtype=torch.float64), TypeError, f"{case.name}: .* x is float64"),
-        (torch.zeros(3, 3, device="meta"), ValueError, f"{case.name}: .* x is on meta"),
-        ([1.0], TypeError, f"{case.name}: expected x to be a Tensor, got list"),
+        (torch.zeros(3, 3, dtype=torch.float64), TypeError, f"{case.name}: .* input is float64"),
+        (torch.zeros(3, 3, device="meta"), ValueError, f"{case.name}: .* input is on meta"),
+        ([1.0], TypeError, f"{case.name}: expected input to be a Tensor, got list"),
     ):
         with pytest.raises(error, match=match):
             case.facts.function(x)

@@ -364,12 +364,16 @@ def test_module_trains(backend):
 @pytest.mark.parametrize(
     ("x", "error", "match"),
     [
-        (torch.zeros(3, dtype=torch.float64), TypeError, "takes float16, bfloat16, float32; x is"),
-        (torch.zeros(3, dtype=torch.int32), TypeError, "x is int32"),
-        (torch.zeros(3, dtype=torch.complex64), TypeError, "x is complex64"),
-        (torch.zeros(3, device="meta"), ValueError, "x is on meta"),
+        (
+            torch.zeros(3, dtype=torch.float64),
+            TypeError,
+            "takes float16, bfloat16, float32; input is",
+        ),
+        (torch.zeros(3, dtype=torch.int32), TypeError, "input is int32"),
+        (torch.zeros(3, dtype=torch.complex64), TypeError, "input is complex64"),
+        (torch.zeros(3, device="meta"), ValueError, "input is on meta"),
         (torch.zeros(3, 3).to_sparse(), (TypeError, ValueError), "backend takes"),
-        ([1.0], TypeError, "expected x to be a Tensor, got list"),
+        ([1.0], TypeError, "expected input to be a Tensor, got list"),
     ],
     ids=["float64", "int32", "complex", "meta", "sparse", "list"],
 )

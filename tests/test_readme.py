@@ -18,6 +18,9 @@ BLOCKS = dict(
     re.findall(r"^##+ ([^\n]+)\n(?:(?!##)[^\n]*\n)*?```python\n(.*?)```", TEXT, re.M | re.S)
 )
 
+RESTORE = "Before you explain, quantize, count or trace: restore"
+HOOKS = "Hooks of saved tensors that compress"
+
 
 def run(title, **names):
     """The names after the block below `title`, which begins with `names`."""
@@ -30,7 +33,7 @@ def classes_of_ours(model):
 
 
 def test_every_block_is_run():
-    assert list(BLOCKS) == ["Use", "torch", "timm", "transformers"]
+    assert list(BLOCKS) == ["Use", RESTORE, HOOKS, "torch", "timm", "transformers"]
     assert len(BLOCKS) == TEXT.count("```python")
 
 
@@ -104,6 +107,23 @@ def test_use():
     assert torch.equal(names["y"], F.mish(x))
     assert type(names["layer"]) is fused_act.ReLU6
     assert classes(names["model"]) == before
+
+
+def test_restore():
+    model = nn.Sequential(nn.Linear(3, 3), nn.Mish())
+    expected = [node.name for node in torch.fx.symbolic_trace(model).graph.nodes]
+    fused_act.replace_activations(model)
+    assert run(RESTORE, model=model, torch=torch, fused_act=fused_act)["names"] == expected
+    assert type(model[1]) is fused_act.Mish
+
+
+def test_hooks():
+    """On a CPU, where ReLU6 saves its input; what kernels save: test_autograd.py."""
+    x = torch.tensor([-2.0, 0.5, 3.0, 7.0], requires_grad=True)  # fp8 has all of them
+    with run(HOOKS)["hooks"]:
+        y = fused_act.relu6(x * 1)
+    (grad,) = torch.autograd.grad(y.sum(), x)
+    assert grad.tolist() == [0, 1, 1, 0]
 
 
 def test_torch():

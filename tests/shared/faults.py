@@ -56,11 +56,11 @@ def takes(expected: str, error: type[Exception] = TypeError) -> Refusal:
 
 
 def dtype(what: str, make: Callable[[Tensor], Tensor], name: str) -> UnusualInput:
-    return UnusualInput(what, make, takes(f"float16, bfloat16, float32; x is {name}"))
+    return UnusualInput(what, make, takes(f"float16, bfloat16, float32; input is {name}"))
 
 
 def layout(what: str, make: Callable[[Tensor], Tensor], name: str) -> UnusualInput:
-    return UnusualInput(what, make, takes(f"strided tensors; x is {name}"))
+    return UnusualInput(what, make, takes(f"strided tensors; input is {name}"))
 
 
 def subclass(what: str, make: Callable[[Tensor], Tensor], name: str) -> UnusualInput:
@@ -73,7 +73,7 @@ def subclass(what: str, make: Callable[[Tensor], Tensor], name: str) -> UnusualI
 
 def no_tensor(what: str, make: Callable[[Tensor], object], name: str) -> UnusualInput:
     return UnusualInput(
-        what, make, Refusal(TypeError, "{op}: expected x to be a Tensor, got " + name)
+        what, make, Refusal(TypeError, "{op}: expected input to be a Tensor, got " + name)
     )
 
 
@@ -109,7 +109,7 @@ INPUTS = [
     UnusualInput(
         "meta tensor",
         lambda x: x.to("meta"),
-        takes("{devices} tensors; x is on meta", ValueError),
+        takes("{devices} tensors; input is on meta", ValueError),
     ),
     UnusualInput("negative view", lambda x: x.to(torch.complex64).conj().imag, None),
     UnusualInput("expanded, gapped, transposed", lambda x: x[:, ::2].t().expand(4, 2, 2), None),
