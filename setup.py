@@ -33,7 +33,7 @@ def find_nvcc():
 
 
 def missing():
-    """What the CUDA extension lacks here; what helps; or None if it can be built."""
+    """Why the CUDA extension cannot be built here, as "reason" or "reason; cure", else None."""
     if find_nvcc() is None:
         return "nvcc is neither on PATH nor under CUDA_HOME"
     try:

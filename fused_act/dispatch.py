@@ -120,14 +120,18 @@ def gpu_unavailable() -> str | None:
     return None
 
 
-# The backends by name, in the order of preference of `auto`. The last one takes every tensor. This
-# and the next one survive `importlib.reload`, which the modules that have registered them may not
-# go through.
+# The backends by name, in the order of preference of `auto`. The last one takes every tensor. They
+# survive a reload of this module alone, which registers none, and so does the one that is forced.
 BACKENDS: dict[str, Backend] = globals().get("BACKENDS", {})
 
 # The backend that the user forced, or None for `auto`. A plain global: Dynamo guards on it, and
 # rejects ContextVar.get().
 forced: Backend | None = globals().get("forced")
+
+
+def is_kernel_forced() -> bool:
+    """Whether the user forced a backend of kernels, which refuses what they do not take."""
+    return forced is not None and forced.device_types is not None
 
 
 def register(*backends: Backend) -> None:

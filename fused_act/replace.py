@@ -7,7 +7,6 @@ other reference to it hold, and nothing else in the model is touched.
 from __future__ import annotations
 
 import contextlib
-import numbers
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -25,6 +24,7 @@ from fused_act.activations.selu import SELU
 from fused_act.activations.sigmoid import Sigmoid
 from fused_act.activations.swish import SiLU
 from fused_act.activations.tanh import Tanh
+from fused_act.families.base import as_float
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -75,6 +75,19 @@ class Restoration(NamedTuple):
     original: type[nn.Module]
     attributes: dict[str, object]
 
+    def undo(self) -> None:
+        """Give the module the very class that it had, unless it has got another one since."""
+        now, before, during = type(self.module), self.fused, self.original
+        if now is not during:
+            if original_of(before) is None:  # parametrized classes, of which there are new ones
+                before, during = before.__mro__[1], during.__mro__[1]
+            if parametrize.is_parametrized(self.module):
+                now, before = now.__mro__[1], rebased(now, before)
+            if now is not during:
+                return
+        self.module.__class__ = before
+        vars(self.module).update(self.attributes)
+
 
 def original_of(kind: type[nn.Module] | None) -> type[nn.Module] | None:
     """torch's class, where `kind` is one of ours."""
@@ -95,8 +108,11 @@ def fused_class(module: nn.Module) -> tuple[type[nn.Module] | None, str]:
         if kind is getattr(transformers, "MishActivation", None):
             fused = Mish
     if fused is None:
-        if original_of(kind) is not None:
+        base = kind.__base__ if parametrize.is_parametrized(module) else kind
+        if original_of(base) is not None or kind.__module__.partition(".")[0] == "fused_act":
             return None, "it is fused already"
+        if base in FUSED:
+            return None, "it is parametrized"
         if isinstance(module, tuple(FUSED)):
             return None, "it is a subclass, which may compute something else"
         other = kind.__module__ in DEFINED_IN and kind is not nn.MultiheadAttention
@@ -105,15 +121,18 @@ def fused_class(module: nn.Module) -> tuple[type[nn.Module] | None, str]:
         return None, f"its bounds are {module.min_val} and {module.max_val}, and not 0 and 6"
     if kind is nn.LeakyReLU and not takes_slope(module.negative_slope):
         return None, f"its slope is {module.negative_slope!r}, which is no finite number"
-    if owns_forward(module):
-        return None, "it holds a `forward` of its own"
     return fused, ""
 
 
 def takes_slope(slope: object) -> bool:
     """Whether ours takes it; what torch takes besides, such as infinity, stays with torch."""
-    is_number = isinstance(slope, numbers.Real)
-    return isinstance(slope, Tensor) or (is_number and abs(slope) <= LARGEST_SLOPE)  # type: ignore[arg-type]
+    if isinstance(slope, (bool, Tensor)):
+        return True
+    try:
+        as_float("leaky_relu", "negative_slope", slope, LARGEST_SLOPE)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        return False
+    return True
 
 
 def owns_forward(module: nn.Module) -> bool:
@@ -173,9 +192,10 @@ def replace_activations(
     for name, module in model.named_modules():
         original = type(module)
         fused, reason = fused_class(module)
-        if (fused or reason) and filter_fn is not None and not filter_fn(name, module):
+        if fused is not None and filter_fn is not None and not filter_fn(name, module):
             fused, reason = None, "filter_fn leaves it out"
-        elif fused is None and original in FUSED and owns_forward(module):
+        elif fused is not None and owns_forward(module):
+            fused, reason = None, "it holds a `forward` of its own"
             owners.append(name)
         if fused is not None:
             if original not in FUSED:
@@ -202,7 +222,7 @@ def restore(model: nn.Module) -> tuple[list[Restoration], list[str]]:
             continue
         attributes = {}
         if "replaced_class" in vars(module):
-            attributes = {name: vars(module).pop(name) for name in ("replaced_class", "inplace")}
+            attributes = {key: vars(module).pop(key) for key in ("replaced_class", "inplace")}
             original = attributes["replaced_class"]
         module.__class__ = rebased(kind, original) if parametrized else original
         done.append(Restoration(module, kind, type(module), attributes))
@@ -236,8 +256,8 @@ def restored(model: Model) -> Iterator[Model]:
 
     After the block, and also where it raises, each module has the very class that it had before.
     One that got another class in the block keeps that; one that was parametrized there, or is no
-    longer, is so on our class. Modules that hold a `forward` of their own are left as they are, as
-    in `restore_activations`.
+    longer, is so on our class. Modules that hold a `forward` of their own when the block begins are
+    left as they are, as in `restore_activations`.
 
     Returns:
         A context manager that gives `model`.
@@ -252,21 +272,5 @@ def restored(model: Model) -> Iterator[Model]:
         warn_of_owners("restored", owners, stacklevel=4)
         yield model
     finally:
-        for module, fused, original, attributes in done:
-            again = class_after(type(module), fused, original)
-            if again is not None and not owns_forward(module):
-                module.__class__ = again
-                vars(module).update(attributes)
-
-
-def class_after(
-    now: type[nn.Module], fused: type[nn.Module], original: type[nn.Module]
-) -> type[nn.Module] | None:
-    """Our class for a module of class `now` that had `fused`, and then `original`; None if none."""
-    if now is original:
-        return fused
-    if now.__base__ is original:  # as `register_parametrization` makes it, or a user's subclass
-        return rebased(now, fused) if now.__name__ == f"Parametrized{original.__name__}" else None
-    if original.__base__ is now and original_of(fused.__base__) is now:  # no longer parametrized
-        return fused.__base__
-    return None
+        for restoration in done:
+            restoration.undo()

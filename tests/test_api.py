@@ -112,7 +112,8 @@ def test_slope_must_be_a_finite_float(slope, error, got):
     assert torch.equal(fused_act.leaky_relu(x, -2), torch.nn.functional.leaky_relu(x, -2))
 
 
-SLIPS = [True, False, 1, 0, torch.tensor(0.1), torch.tensor(2), numpy.float32(0.3), numpy.int64(2)]
+SLIPS = [True, False, 1, 0, torch.tensor(0.1), torch.tensor(2)]
+SLIPS += [numpy.float32(0.3), numpy.float16(0.3), numpy.int64(2)]
 
 
 @pytest.mark.parametrize("slope", SLIPS, ids=repr)
@@ -266,7 +267,7 @@ class CudaTensor(types.SimpleNamespace):
 )
 def test_kernel_or_torch(monkeypatch, unusual, takes_kernel):
     """The one rule, of which a machine without a GPU sees no more than "not CUDA: torch"."""
-    best = types.SimpleNamespace(kernels={"mish": "the kernel"})
+    best = types.SimpleNamespace(kernels={"mish": "the kernel"}, device_types=("cuda",))
     monkeypatch.setattr(base, "PLAIN", (CudaTensor,))
     monkeypatch.setattr(fused_act.dispatch, "automatic", lambda: best)
     expected = "the kernel" if takes_kernel else ROWS["mish"].eager

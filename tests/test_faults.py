@@ -189,3 +189,11 @@ def test_mirrored_refusals_of_a_forced_backend(case, backend):
     ):
         with pytest.raises(error, match=match):
             case.facts.function(x)
+
+
+@all_backends
+def test_a_forced_backend_refuses_a_slope_that_is_a_tensor(backend):
+    """Under `auto` it is torch's own op that takes it."""
+    with pytest.raises(TypeError, match="expected negative_slope to be a float, got Tensor"):
+        fused_act.leaky_relu(plain(), torch.tensor(0.1))
+    assert torch.equal(fused_act.leaky_relu(plain(), True), plain())

@@ -121,7 +121,8 @@ for name in ("mish", "silu", "relu6", "relu", "leaky_relu", "selu", "sigmoid", "
         assert public(name)(written, *arguments_of, inplace=True) is written
     with fused_act.use_backend("torch"):
         public(name)(x, *arguments_of)
-torch.jit.script(fused_act.crelu)(x)
+for function in (fused_act.crelu, fused_act.swish):
+    torch.jit.script(function)(x)
 model = torch.nn.Sequential(torch.nn.Mish(), torch.nn.ReLU(), torch.nn.Sigmoid(), torch.nn.PReLU())
 assert torch.equal(model(x), fused_act.replace_activations(model)(x))
 fullgraph = False
@@ -162,7 +163,7 @@ for name in sorted(name for name in sys.modules if name.partition(".")[0] == "fu
     importlib.reload(sys.modules[name])
     check(eager, differentiated)
     with fused_act.use_backend("torch"):
-        check(eager)
+        check(eager, differentiated)
 patch()
 for name in sorted(name for name in sys.modules if name.partition(".")[0] == "fused_act"):
     importlib.reload(sys.modules[name])

@@ -27,6 +27,16 @@ def odd(module, **attributes):
     return module
 
 
+class Doubled(nn.Module):
+    def forward(self, weight):
+        return 2 * weight
+
+
+def parametrized(module):
+    parametrize.register_parametrization(module, "weight", Doubled())
+    return module
+
+
 # What is left, and a word of the reason.
 LEFT = [
     (lambda: nn.LeakyReLU(float("inf")), "its slope is inf"),
@@ -39,6 +49,10 @@ LEFT = [
     (nn.GELU, "no fused one"),
     (lambda: odd(nn.ReLU(), forward=torch.relu), "`forward` of its own"),
     (fused_act.Mish, "fused already"),
+    (fused_act.Swish, "fused already"),
+    (fused_act.CReLU, "fused already"),
+    (lambda: parametrized(nn.PReLU()), "is parametrized"),
+    (lambda: parametrized(fused_act.PReLU()), "fused already"),
 ]
 
 
@@ -70,6 +84,10 @@ def test_what_is_replaced_is_reported(original, capsys):
     model = nn.Sequential(original())
     fused_act.replace_activations(model, lambda name, module: False, report=found.append)
     assert [each.reason for each in found] == ["filter_fn leaves it out"]
+    asked = []
+    model.append(nn.GELU())
+    fused_act.replace_activations(model, lambda name, module: asked.append(name))
+    assert asked == ["0"]  # of what can be replaced
     assert type(model[0]) is original
 
 
@@ -121,11 +139,6 @@ def test_restored_has_torchs_classes_and_then_ours(original, raises):
     assert hooks == [1]
 
 
-class Doubled(nn.Module):
-    def forward(self, weight):
-        return 2 * weight
-
-
 def test_restored_around_parametrizations():
     """`register_parametrization` gives a module a class of its own, and removing it torch's."""
     model = fused_act.replace_activations(nn.Sequential(nn.PReLU()))
@@ -147,6 +160,13 @@ def test_restored_around_parametrizations():
         assert type(model[0]) is nn.PReLU
     assert type(model[0]) is fused_act.PReLU
     assert torch.equal(model(x), expected)
+    parametrized(model[0])
+    with fused_act.restored(model):
+        parametrize.remove_parametrizations(model[0], "weight")
+        parametrized(model[0])
+        assert not isinstance(model[0], fused_act.PReLU)
+    assert isinstance(model[0], fused_act.PReLU)
+    assert parametrize.is_parametrized(model[0], "weight")
 
 
 def test_restored_leaves_what_the_block_has_made_of_a_module():
@@ -157,7 +177,7 @@ def test_restored_leaves_what_the_block_has_made_of_a_module():
         fused_act.replace_activations(model[2])
         model[3].forward = torch.tanh
     kinds = [type(module) for module in model]
-    assert kinds == [Subclass, nn.Identity, fused_act.SiLU, nn.Tanh]
+    assert kinds == [Subclass, nn.Identity, fused_act.SiLU, fused_act.Tanh]
 
 
 def test_restored_leaves_a_forward_in_a_hook():

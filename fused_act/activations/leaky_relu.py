@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.autograd.graph import Node
 from torch.jit import is_scripting
 
+from fused_act import dispatch
 from fused_act._torch_private import saved
 from fused_act.families.base import as_float
 from fused_act.families.compiled import vary
@@ -60,9 +61,10 @@ def leaky_relu(input: Tensor, negative_slope: float = 0.01, inplace: bool = Fals
     Args:
         input: any shape and strides. On a GPU float16, bfloat16 and float32 run fused kernels; all
             other tensors, and all other devices, get `torch.nn.functional.leaky_relu`.
-        negative_slope: a finite float. A bool or a tensor, as of `LeakyReLU(True)`, which is a slip
-            that runs, is torch's own. Less than 0 is right for the kernels in place too, where
-            torch refuses it in backward.
+        negative_slope: a finite float. Less than 0 is right for the kernels in place too, where
+            torch refuses it in backward. A bool, as of the slip `LeakyReLU(True)`, is 0 or 1, as in
+            torch. A tensor of one element goes to torch's own op; a forced kernel backend refuses
+            it.
         inplace: write the result into `input`.
 
     Returns:
@@ -79,7 +81,9 @@ def leaky_relu(input: Tensor, negative_slope: float = 0.01, inplace: bool = Fals
     """
     if is_scripting():
         return torch_leaky_relu(input, negative_slope, inplace)
-    if isinstance(negative_slope, (bool, Tensor)):
+    if isinstance(negative_slope, bool):
+        negative_slope = float(negative_slope)
+    if isinstance(negative_slope, Tensor) and not dispatch.is_kernel_forced():
         return torch_leaky_relu(input, negative_slope, inplace)
     slope = as_float("leaky_relu", "negative_slope", negative_slope, LARGEST_SLOPE)
     return ROW.activate(input, slope, inplace=inplace)

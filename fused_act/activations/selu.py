@@ -16,6 +16,9 @@ from fused_act._torch_private import saved
 from fused_act.families.elementwise import Elementwise
 from fused_act.libraries import own
 
+ALPHA = 1.6732632423543772848170429916717
+SCALE = 1.0507009873554804934193349852946
+
 F_selu = own("nn.functional.selu")
 torch_selu, torch_selu_ = own("selu"), own("selu_")
 
@@ -25,10 +28,6 @@ def torch_forward(x: Tensor, inplace: bool = False) -> Tensor:
     if has_torch_function_unary(x):
         return F_selu(x, inplace)
     return torch_selu_(x) if inplace else torch_selu(x)
-
-
-ALPHA = 1.6732632423543772848170429916717
-SCALE = 1.0507009873554804934193349852946
 
 
 def torch_backward(grad_output: Tensor, x: Tensor) -> Tensor:

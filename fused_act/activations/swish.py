@@ -184,6 +184,9 @@ class Swish(torch.nn.Module):
         num_parameters: of a learnable beta: 1, or the number of channels.
         device, dtype: those of a learnable beta.
 
+    Attributes:
+        init: what a learnable beta begins with, and `reset_parameters` gives it again.
+
     Raises:
         TypeError, ValueError: `beta` is not such a float, or the others do not go together.
     """
@@ -206,9 +209,9 @@ class Swish(torch.nn.Module):
             raise ValueError(
                 f"Swish: expected num_parameters=1 without learnable=True, got {num_parameters}"
             )
+        self.init = beta
         self.beta: float | torch.nn.Parameter = beta
         if learnable:
-            self.init = beta
             self.beta = torch.nn.Parameter(
                 torch.full((num_parameters,), beta, device=device, dtype=dtype)
             )

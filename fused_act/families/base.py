@@ -129,7 +129,7 @@ def kernels_for(row: Row, x: Tensor, *parameters: float) -> Kernels:
         # Opaque ops end fusion: only who asked for a backend gets them in the graph.
         if forced is not None:
             forced.check_input(row.name, x)
-            return forced.kernels[row.name]
+            return forced.kernels[row.name] if forced.device_types else row.eager
         return row.formula if type(x) in PLAIN and x.dtype in DTYPES else row.eager
     if forced is None:
         if type(x) not in PLAIN or not x.is_cuda or x.dtype not in DTYPES:
@@ -137,11 +137,12 @@ def kernels_for(row: Row, x: Tensor, *parameters: float) -> Kernels:
         # These too are plain tensors: sparse and nested ones, and views that negate their memory.
         if x.layout is not torch.strided or x.is_nested or x.is_neg() or is_transformed():
             return row.eager
-        return dispatch.automatic().kernels[row.name]
+        best = dispatch.automatic()
+        return best.kernels[row.name] if best.device_types else row.eager
     if is_transformed() or isinstance(x, torch.fx.Proxy):
         return row.eager
     forced.check_input(row.name, x)
-    return forced.kernels[row.name]
+    return forced.kernels[row.name] if forced.device_types else row.eager
 
 
 class NotTraced(type(torch.autograd.Function)):  # type: ignore[misc] # mypy wants a name
@@ -257,10 +258,11 @@ def convert(x: Tensor, dtype: torch.dtype) -> Tensor:
 def as_float(op: str, name: str, value: float, largest: float) -> float:
     """The parameter `value` as a float, or an error unless it is at most `largest` in magnitude."""
     # The first test is what a call costs; numbers.Real takes 0.3 us.
-    if type(value) is not float and (
-        not isinstance(value, numbers.Real) or isinstance(value, bool)
-    ):
-        raise TypeError(f"{op}: expected {name} to be a float, got {type(value).__name__}")
+    if type(value) is not float:
+        if not isinstance(value, numbers.Real) or isinstance(value, bool):
+            raise TypeError(f"{op}: expected {name} to be a float, got {type(value).__name__}")
+        if not isinstance(value, int):
+            value = float(value)  # the bound has no place in NumPy's float16
     if not (holds(-largest <= value) and holds(value <= largest)):
         raise ValueError(f"{op}: expected {name} between {-largest} and {largest}, got {value}")
     return float(value)

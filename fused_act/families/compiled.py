@@ -137,16 +137,18 @@ def with_tensors(kernels: Kernels) -> Kernels:
     each value (pytorch#171320). It puts a tensor in the place of a float that is multiplied.
     """
 
-    def with_tensors(op: Any) -> Any:
-        overload: Any = op and getattr(op.overloadpacket, "Tensor", None)
+    def overload(op: Any) -> Any:
+        found: Any = None if op is None else getattr(op.overloadpacket, "Tensor", None)
+        if found is None:
+            return None
 
         def call(*args: Any) -> Any:
             one: Any = torch.ones((), dtype=torch.float64)
-            return overload(*(one * x if isinstance(x, torch.SymFloat) else x for x in args))
+            return found(*(one * x if isinstance(x, torch.SymFloat) else x for x in args))
 
-        return overload and call
+        return call
 
-    return Kernels(*map(with_tensors, kernels))
+    return Kernels(*map(overload, kernels))
 
 
 def outside(function: Callable[..., Result], *args: Any) -> Result:

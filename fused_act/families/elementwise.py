@@ -136,7 +136,7 @@ class Elementwise(Row):
         ) -> Tensor | tuple[Tensor, Tensor]:
             parameters = args[:count]
             # CUDA's backward runs on engine threads and maybe after `use_backend` has ended.
-            kernels: Kernels = args[count] if args[count:] else kernels_for(self, x, *parameters)
+            kernels: Kernels = (args[count:] or [kernels_for(self, x, *parameters)])[0]
             ctx.kernels, ctx.parameters = kernels, parameters
             if kernels.forward_with_mask is None:
                 y = call(kernels.forward, x, *parameters)
@@ -183,7 +183,7 @@ class Elementwise(Row):
             ctx: ElementwiseContext, grad_output: Tensor | None, grad_anchor: Tensor | None = None
         ) -> tuple[Tensor | None, ...]:
             grad = grad_input(self, saves, ctx, grad_output)
-            # Compiled autograd adds the gradients of both up, and knows no None.
+            # Compiled autograd adds the gradients of `source` and `x` up, and cannot add None.
             of_x = torch.zeros_like(grad) if torch.compiler.is_dynamo_compiling() else None
             return (grad, of_x, *[None] * (count + 1))
 
