@@ -263,6 +263,6 @@ def as_float(op: str, name: str, value: float, largest: float) -> float:
             raise TypeError(f"{op}: expected {name} to be a float, got {type(value).__name__}")
         if not isinstance(value, int):
             value = float(value)  # the bound has no place in NumPy's float16
-    if not (holds(-largest <= value) and holds(value <= largest)):
+    if not holds(abs(value) <= largest):
         raise ValueError(f"{op}: expected {name} between {-largest} and {largest}, got {value}")
     return float(value)
