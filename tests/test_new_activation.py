@@ -28,19 +28,20 @@ from torch import Tensor
 from torch.jit import is_scripting
 
 from fused_act.families.elementwise import Elementwise
+from fused_act.libraries import own
 
 ROW = Elementwise(
     name="hard_swish",
     spelling="HardSwish",
-    torch_forward=F.hardswish,
+    torch_forward=own("nn.functional.hardswish"),
     torch_backward=torch.ops.aten.hardswish_backward.default,
 )
 
 
-def hard_swish(x: Tensor, inplace: bool = False) -> Tensor:
+def hard_swish(input: Tensor, inplace: bool = False) -> Tensor:
     if is_scripting():
-        return F.hardswish(x, inplace)
-    return ROW.activate(x, inplace=inplace)
+        return F.hardswish(input, inplace)
+    return ROW.activate(input, inplace=inplace)
 
 
 class HardSwish(torch.nn.Hardswish):

@@ -16,7 +16,7 @@ from fused_act.families.elementwise import Elementwise
 from fused_act.families.weighted import Weighted, channels
 from fused_act.libraries import own
 
-torch_silu = own("nn.functional.silu")
+torch_sigmoid, torch_silu = own("sigmoid"), own("nn.functional.silu")
 
 
 def exponential(x: Tensor, beta: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -52,8 +52,18 @@ def torch_forward(x: Tensor, beta: float, inplace: bool = False) -> Tensor:
     return definition(x, beta, inplace)
 
 
+def sigmoid(z: Tensor) -> Tensor:
+    """`torch.sigmoid`; in compiled code as a method.
+
+    Dynamo does not know a function that users replaced before the first compilation.
+    """
+    if is_scripting():
+        return torch_sigmoid(z)
+    return z.sigmoid() if torch.compiler.is_dynamo_compiling() else torch_sigmoid(z)
+
+
 def definition(x: Tensor, beta: float, inplace: bool) -> Tensor:
-    gate = (beta * x).sigmoid()
+    gate = sigmoid(beta * x)
     return x.mul_(gate) if inplace else x * gate
 
 
@@ -61,7 +71,7 @@ def torch_backward(grad_output: Tensor, x: Tensor, beta: float) -> Tensor:
     # torch refuses to differentiate SiLU of complex numbers; called like this, it gets it wrong.
     if beta == 1.0 and not x.is_complex():
         return torch.ops.aten.silu_backward.default(grad_output, x)
-    gate = (beta * x).sigmoid()
+    gate = sigmoid(beta * x)
     # As autograd has it, bit for bit, and of complex numbers too.
     through_gate = torch.ops.aten.sigmoid_backward.default(grad_output * x.conj(), gate)
     return grad_output * gate.conj() + through_gate * beta
@@ -88,7 +98,7 @@ def torch_learnable(x: Tensor, beta: Tensor) -> Tensor:
         beta = beta.reshape([1, -1] + [1] * (x.dim() - 2))
     else:
         beta = beta.reshape([1] * x.dim())
-    return (x * (beta * x).sigmoid()).to(x.dtype)
+    return (x * sigmoid(beta * x)).to(x.dtype)
 
 
 torch.fx.wrap("torch_learnable")  # a node of the graph: a symbolic x has no number of dimensions
