@@ -1,5 +1,4 @@
-"""What is kept for all imports of this package in a process: the libraries of `torch.ops`, and
-torch's own functions.
+"""What all imports of this package in a process share: op libraries and torch's own functions.
 
 The package may be imported again: notebooks, hot reload and test runners take it out of
 `sys.modules`. torch allows one library for a namespace, and code of the first import may still call

@@ -79,7 +79,8 @@ class Restoration(NamedTuple):
         """Give the module the very class that it had, unless it has got another one since."""
         now, before, during = type(self.module), self.fused, self.original
         if now is not during:
-            if original_of(before) is None:  # parametrized classes, of which there are new ones
+            # A module has a new class each time that it is parametrized, so the bases are compared.
+            if original_of(before) is None:
                 before, during = before.__mro__[1], during.__mro__[1]
             if parametrize.is_parametrized(self.module):
                 now, before = now.__mro__[1], rebased(now, before)

@@ -20,7 +20,7 @@ torch_relu, torch_relu_ = own("relu"), own("relu_")
 
 
 def torch_forward(x: Tensor, inplace: bool = False) -> Tensor:
-    """As `F.relu`, which subclasses get, and which calls what `torch.relu` is then."""
+    """`F.relu` for subclasses. For others not, since it calls `torch.relu`, which may be ours."""
     if has_torch_function_unary(x):
         return F_relu(x, inplace)
     return torch_relu_(x) if inplace else torch_relu(x)

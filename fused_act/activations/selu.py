@@ -24,7 +24,7 @@ torch_selu, torch_selu_ = own("selu"), own("selu_")
 
 
 def torch_forward(x: Tensor, inplace: bool = False) -> Tensor:
-    """As `F.selu`, which subclasses get, and which calls what `torch.selu` is then."""
+    """`F.selu` for subclasses. For others not, since it calls `torch.selu`, which may be ours."""
     if has_torch_function_unary(x):
         return F_selu(x, inplace)
     return torch_selu_(x) if inplace else torch_selu(x)
