@@ -66,8 +66,8 @@ struct Ops {
   template <bool kMasked>
   static void run_out(const Tensor& x, Tensor& out, uint8_t* mask, Parameters... parameters) {
     check_not_expanded(out);
-    // empty_like keeps the strides of a dense tensor and of no other.
-    Tensor y = out.is_contiguous() ? out : torch::stable::empty_like(out);
+    // allocate_like keeps the strides of a dense tensor and of no other.
+    Tensor y = out.is_contiguous() ? out : allocate_like(out);
     const bool dense = equal(y.strides(), out.strides());
     // A block must not read what another has written.
     const Tensor source = overlap_partially(x, out) ? torch::stable::clone(x) : x;
@@ -80,7 +80,7 @@ struct Ops {
   static Tensor forward(const Tensor& x, Parameters... parameters) {
     check_match(x, x);
     const DeviceGuard guard(x.get_device_index());
-    Tensor y = torch::stable::empty_like(x);
+    Tensor y = allocate_like(x);
     run_forward<false>(x, y, nullptr, parameters...);
     return y;
   }
@@ -94,7 +94,7 @@ struct Ops {
   static std::tuple<Tensor, Tensor> forward_with_mask(const Tensor& x, Parameters... parameters) {
     check_match(x, x);
     const DeviceGuard guard(x.get_device_index());
-    Tensor y = torch::stable::empty_like(x);
+    Tensor y = allocate_like(x);
     Tensor mask = empty_mask(x);
     run_forward<true>(x, y, static_cast<uint8_t*>(mask.mutable_data_ptr()), parameters...);
     return {y, mask};
@@ -113,7 +113,7 @@ struct Ops {
   static Tensor backward(const Tensor& grad_output, const Tensor& saved, Parameters... parameters) {
     check_match(grad_output, saved);
     const DeviceGuard guard(saved.get_device_index());
-    Tensor grad_input = torch::stable::empty_like(saved);
+    Tensor grad_input = allocate_like(saved);
     if (saved.numel() == 0) {
       return grad_input;
     }

@@ -104,6 +104,15 @@ inline int32_t dtype_of(const Tensor& x) {
   return dtype;
 }
 
+// An empty tensor in the strides of a dense x, else in those that torch chooses. For a dense x it
+// does without torch::stable::empty_like, which looks its op up by name at each call: 0.4 us.
+inline Tensor allocate_like(const Tensor& x) {
+  if (x.is_contiguous() || is_dense(x.sizes(), x.strides())) {
+    return empty_strided(x.sizes(), x.strides(), dtype_of(x), x);
+  }
+  return torch::stable::empty_like(x);
+}
+
 // Whether the elements of x lie in memory as `stride` says. The stride of a dimension of size 1 is
 // of no account: channels_last 1 x 1 images are contiguous.
 inline bool has_layout(const Tensor& x, torch::headeronly::IntHeaderOnlyArrayRef stride) {
@@ -120,7 +129,7 @@ inline Tensor with_layout_of(const Tensor& like, const Tensor& x) {
   if (has_layout(x, like.strides())) {
     return x;
   }
-  Tensor copy = torch::stable::empty_like(like);
+  Tensor copy = allocate_like(like);
   torch::stable::copy_(copy, x);
   return copy;
 }

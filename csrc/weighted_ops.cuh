@@ -24,7 +24,7 @@ struct Ops {
     check_match(input, input);
     check_weight(input, weight);
     const DeviceGuard guard(input.get_device_index());
-    Tensor y = torch::stable::empty_like(input);
+    Tensor y = allocate_like(input);
     if (input.numel() == 0) {
       return y;
     }
@@ -51,7 +51,7 @@ struct Ops {
     check_match(grad_output, input);
     check_weight(input, weight);
     const DeviceGuard guard(input.get_device_index());
-    Tensor grad_input = torch::stable::empty_like(input);
+    Tensor grad_input = allocate_like(input);
     if (input.numel() == 0) {
       return {grad_input, torch::stable::new_zeros(weight, weight.sizes())};
     }

@@ -4,7 +4,7 @@ import platform
 
 import torch
 
-from fused_act import __version__, dispatch
+from fused_act import __version__, dispatch, host
 from fused_act.backends import triton
 
 
@@ -22,6 +22,8 @@ def main() -> None:
     print(f"torch      {torch.__version__} (CUDA {torch.version.cuda or 'not built in'})")
     print(f"triton     {triton.version() or 'not installed'}")
     print(f"GPU        {gpu()}")
+    extension = host.extension()
+    print(f"host path  {f'Python: {extension}' if isinstance(extension, str) else 'C++'}")
     print("backends, best first:")
     for name, backend in dispatch.BACKENDS.items():
         reason = backend.unavailable()

@@ -12,7 +12,7 @@ import re
 import threading
 import warnings
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -51,6 +51,8 @@ class Backend:
         device_types: the devices whose tensors it takes; None means all of them.
         is_installed: whether this install is meant to have it, so that users should hear where it
             cannot run.
+        connect: returns what eager calls run in C++ once the backend is loaded, by the name of a
+            row, see `fused_act.host`.
     """
 
     name: str
@@ -58,13 +60,16 @@ class Backend:
     load: Callable[[], dict[str, Kernels]]
     device_types: tuple[str, ...] | None
     is_installed: Callable[[], bool] = lambda: False
+    connect: Callable[[Backend], dict[str, Callable[..., Any]]] = lambda backend: {}
     kernels: dict[str, Kernels] = dataclasses.field(default_factory=dict, init=False)
+    paths: dict[str, Callable[..., Any]] = dataclasses.field(default_factory=dict, init=False)
 
     def ready(self) -> Backend:
         """This backend, loaded. Done when it is selected, since Dynamo cannot trace it."""
         with LOADING:  # an op takes a kernel once, and two threads may come first
             if not self.kernels:
                 self.kernels.update(self.load())
+                self.paths.update(self.connect(self))
         return self
 
     def check_input(self, op: str, x: Tensor) -> None:
@@ -128,6 +133,9 @@ BACKENDS: dict[str, Backend] = globals().get("BACKENDS", {})
 # rejects ContextVar.get().
 forced: Backend | None = globals().get("forced")
 
+# What `auto` takes for CUDA tensors once the first one has settled it. Until then it has no paths.
+settled: Backend = globals().get("settled") or Backend("auto", lambda: None, dict, None)
+
 
 def is_kernel_forced() -> bool:
     """Whether the user forced a backend of kernels, which refuses what they do not take."""
@@ -154,6 +162,7 @@ def automatic() -> Backend:
     Warns, once, where that is not the best that the user could expect: torch's own ops, or Triton
     beside an extension that is broken. Triton in a pure-Python install is as it should be.
     """
+    global settled
     *kernel_backends, fallback = BACKENDS.values()
     reasons, is_installed = [], False
     for backend in kernel_backends:
@@ -167,7 +176,8 @@ def automatic() -> Backend:
     if backend is fallback or is_installed:
         text = f"fused_act: {backend.name!r} takes CUDA tensors; {'. '.join(reasons)}"
         warnings.warn(text, stacklevel=2)
-    return backend.ready()
+    settled = backend.ready()
+    return settled
 
 
 class use_backend:

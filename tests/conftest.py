@@ -19,9 +19,10 @@ import torch
 
 import fused_act
 from benchmarks import environment
+from fused_act import dispatch
 from fused_act.backends import triton
-from tests.shared import accuracy, host_kernels
-from tests.shared.cases import INTERPRET
+from tests.shared import accuracy, compiling, cpu_ops, host_kernels
+from tests.shared.cases import INTERPRET, ON_HOST
 from tests.shared.facts import FEATURED
 from tests.shared.layouts import TINY
 
@@ -196,13 +197,40 @@ def forced(request, automatic_backend):
 
 
 @pytest.fixture
-def ours(automatic_backend, case, way, inplace):
-    """An activation as users call it, its Function alone, or of the backend that `way` names."""
+def ours(request, automatic_backend, case, way, inplace):
+    """An activation as users call it, its Function alone, or of the backend that `way` names.
+
+    Where `way` says so C++ takes calls of it, or hands them back in a test marked `declined`.
+    """
     if way == "Function":
         yield case.apply
         return
+    if way in ON_HOST:
+        if compiling.COMPILER is None:
+            pytest.skip("needs a C++ compiler")
+        with ON_HOST[way]() as counter:
+            yield functools.partial(case.function, inplace=inplace)
+        if counter is not None:
+            may_decline = request.node.get_closest_marker("declined") is not None
+            assert counter.taken > 0 or (may_decline and counter.declined > 0)
+        return
     with fused_act.use_backend(way):
         yield functools.partial(case.function, inplace=inplace)
+
+
+@pytest.fixture
+def host_calls(ours, case, way):
+    """Counts the calls in C++ of the backend of kernels that `way` names; fails if there are none.
+
+    It counts nothing for rows and ways that never go through C++.
+    """
+    backend = dispatch.BACKENDS.get(way)
+    if backend is None or case.name not in backend.paths:
+        yield None
+        return
+    with cpu_ops.counted(backend) as counter:
+        yield counter
+    assert counter.taken > 0
 
 
 @pytest.fixture
@@ -213,7 +241,7 @@ def theirs(case, inplace):
 @pytest.fixture
 def host_of():
     """Gives the host build of a case; resets the errors that a test has set."""
-    if host_kernels.COMPILER is None:
+    if compiling.COMPILER is None:
         pytest.skip("needs a C++ compiler")
     made = []
 

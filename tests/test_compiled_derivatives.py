@@ -188,6 +188,7 @@ def test_second_derivatives(ours, theirs, compiler, config, place):
 @all_rows_and_ways
 @pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
 @pytest.mark.parametrize("second_inside", [False, True])
+@pytest.mark.usefixtures("host_calls")
 def test_second_derivatives_through_compiled_autograd(ours, theirs, compiler, second_inside):
     """It compiles the backward of eager code (pytorch#183603)."""
     results = []

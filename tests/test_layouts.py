@@ -12,7 +12,7 @@ import torch
 import fused_act
 from fused_act import ops
 from fused_act.backends import triton
-from fused_act.families import elementwise, mirrored, raw_op, weighted
+from fused_act.families import elementwise_ops, mirrored, raw_op, weighted
 from fused_act.families.mirrored import Layout
 from fused_act.families.raw_op import is_dense
 from tests.shared import accuracy, matrices
@@ -143,7 +143,7 @@ def allocated(monkeypatch):
 
     guarded = Torch()
     guarded.empty, guarded.empty_like, guarded.empty_strided = empty, empty_like, empty_strided
-    for module in (raw_op, elementwise, weighted, mirrored):
+    for module in (raw_op, elementwise_ops, weighted, mirrored):
         monkeypatch.setattr(module, "torch", guarded)
     return found
 

@@ -1,7 +1,8 @@
 """What every family shares: the `Row`, the rule "kernel or torch?", the Functions.
 
-No activation and no family is named here. One eager call goes `mish(x)` -> the row -> the Function
--> the kernels of the selected backend; whatever the kernels do not take goes to torch's own op.
+No activation and no family is named here. One eager call goes `mish(x)` -> the row -> the host path
+in C++ (see `fused_act.host`) -> a kernel of the selected backend. What C++ does not take goes on in
+Python: -> the Function -> a kernel, or torch's own op. So does all, without the host extension.
 Compiled, `torch.ops.fused_act.mish` stands in the graph for the Function, see `define_graph_op`.
 """
 
@@ -10,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import numbers
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeGuard, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, TypeGuard, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ from torch.autograd.graph import Node
 
 from fused_act import dispatch
 from fused_act._torch_private import (
-    below_autograd,
+    below_inplace_or_view,
     is_exporting,
     is_forward_ad_active,
     is_transformed,
@@ -28,6 +29,23 @@ from fused_act.families.compiled import define_graph_op, first, holds
 from fused_act.families.raw_op import RawOp
 
 Result = TypeVar("Result")
+
+
+class Recording(NamedTuple):
+    """How C++ records a call for autograd: the node does what that of a Function does.
+
+    Args:
+        node: the name of the node.
+        saves: what it saves for backward: "x", "y" or a "mask".
+        function: the Function in whose place it is.
+        formula: `formula(node, grad_output) -> grad_input`, for a backward that is differentiated;
+            the node has the attributes of the Function's context.
+    """
+
+    node: str
+    saves: str
+    function: type[KernelFunction]
+    formula: Callable[[Any, Tensor], Tensor | None]
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
@@ -101,6 +119,13 @@ class Row:
     def raw_ops(self) -> dict[str, RawOp]:
         """The raw ops, keyed by the field of `Kernels` that calls them."""
         raise NotImplementedError
+
+    def recordings(self, kernels: Kernels) -> tuple[int, Recording, Recording] | None:
+        """The number of parameters and the recordings of a call out of place and in place.
+
+        None where all calls go through Python.
+        """
+        return None
 
     def activate(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """What the public function computes, out of place."""
@@ -233,12 +258,13 @@ def function_class(
 def call(op: Callable[..., Result] | None, *args: Any, **kwargs: Any) -> Result:
     """Call an op from within a Function, below Autograd, where raw ops refuse to be differentiated.
 
-    The guard saves 2 us; Dynamo neither knows nor needs it. A kernel that a row does not need is
-    not called, so `op` is None in its type alone.
+    Below ADInplaceOrView too: the Function itself tells autograd what it has written. The guard
+    saves 2 us; Dynamo neither knows nor needs it. A kernel that a row does not need is not called,
+    so `op` is None in its type alone.
     """
     if torch.compiler.is_dynamo_compiling():
         return op(*args, **kwargs)  # type: ignore[misc]
-    with below_autograd():
+    with below_inplace_or_view():
         return op(*args, **kwargs)  # type: ignore[misc]
 
 

@@ -16,17 +16,21 @@ element i in memory order. `stride` is that of `y`, which fixes this order.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import Node
+from torch.compiler import is_dynamo_compiling
 
+from fused_act import dispatch
 from fused_act._torch_private import below_autograd, is_view, unwrap_if_dead
 from fused_act.dispatch import Kernels
 from fused_act.families.base import (
     KernelFunction,
+    Recording,
     Row,
     call,
     convert,
@@ -35,17 +39,17 @@ from fused_act.families.base import (
     kernels_for,
 )
 from fused_act.families.compiled import first, graph_name, outside, vary
-from fused_act.families.masks import MaskContext, save_mask, unpack, zeros_of_input
-from fused_act.families.raw_op import (
-    RawOp,
-    check,
-    check_mask,
-    check_stride,
-    dense_stride,
-    empty_mask,
-    empty_strided,
-    like_x,
+from fused_act.families.elementwise_ops import (
+    check_masked_backward,
+    check_x,
+    like_grad_output,
+    like_saved,
+    like_x_and_mask,
+    mask_of,
+    nothing,
 )
+from fused_act.families.masks import MaskContext, save_mask, unpack, zeros_of_input
+from fused_act.families.raw_op import RawOp, dense_stride, like_x
 
 
 class ElementwiseContext(MaskContext, Protocol):
@@ -139,6 +143,7 @@ class Elementwise(Row):
             kernels: Kernels = (args[count:] or [kernels_for(self, x, *parameters)])[0]
             ctx.kernels, ctx.parameters = kernels, parameters
             if kernels.forward_with_mask is None:
+                ctx.set_materialize_grads(False)
                 y = call(kernels.forward, x, *parameters)
                 ctx.save_for_backward(y if self.saves == "y" else x)
                 return y
@@ -148,7 +153,8 @@ class Elementwise(Row):
         def backward(
             ctx: ElementwiseContext, grad_output: Tensor | None, grad_anchor: Tensor | None = None
         ) -> tuple[Tensor | None, ...]:
-            return (grad_input(self, self.saves, ctx, grad_output), *[None] * (count + 1))
+            grad = grad_input(self, self.saves, ctx, grad_output, grad_anchor)
+            return (grad, *[None] * (count + 1))
 
         def recompute(node: ElementwiseContext) -> Callable[[Tensor], Tensor] | None:
             kernels, parameters = node.kernels, node.parameters
@@ -173,6 +179,7 @@ class Elementwise(Row):
             ctx.kernels, ctx.parameters = kernels, parameters
             ctx.mark_dirty(x)
             if kernels.forward_with_mask_out is None:
+                ctx.set_materialize_grads(False)
                 ctx.save_for_backward(x if saves == "y" else source)
                 call(kernels.forward_out, source, *parameters, out=x)
                 return x
@@ -182,12 +189,25 @@ class Elementwise(Row):
         def backward(
             ctx: ElementwiseContext, grad_output: Tensor | None, grad_anchor: Tensor | None = None
         ) -> tuple[Tensor | None, ...]:
-            grad = grad_input(self, saves, ctx, grad_output)
+            grad = grad_input(self, saves, ctx, grad_output, grad_anchor)
             # Compiled autograd adds the gradients of `source` and `x` up, and cannot add None.
-            of_x = torch.zeros_like(grad) if torch.compiler.is_dynamo_compiling() else None
+            adds = grad is not None and is_dynamo_compiling()
+            of_x = torch.zeros_like(grad) if adds else None  # type: ignore[arg-type]
             return (grad, of_x, *[None] * (count + 1))
 
         return function_class(self, "InplaceFunction", saves, forward, backward)
+
+    def recordings(self, kernels: Kernels) -> tuple[int, Recording, Recording]:
+        def recording(function: type[KernelFunction], with_mask: object, saves: str) -> Recording:
+            what = "mask" if with_mask is not None else "y" if saves == "y" else "x"
+            formula = functools.partial(grad_input, self, saves)
+            return Recording(f"{function.__name__}Backward", what, function, formula)
+
+        return (
+            len(self.parameters),
+            recording(self.Function, kernels.forward_with_mask, self.saves),
+            recording(self.InplaceFunction, kernels.forward_with_mask_out, self.saves_inplace),
+        )
 
     def recompute_torch(self, node: Node) -> Callable[[Tensor], Tensor] | None:
         parameters = self.torch_parameters(node)
@@ -195,6 +215,12 @@ class Elementwise(Row):
 
     def activate(self, x: Tensor, *parameters: float, inplace: bool = False) -> Tensor:
         """Compute the activation of `x`, recording it for autograd where `x` requires grad."""
+        if not is_dynamo_compiling():
+            path = (dispatch.forced or dispatch.settled).paths.get(self.name)
+            if path is not None:
+                y = path(x, inplace, *parameters)
+                if y is not NotImplemented:
+                    return y  # type: ignore[no-any-return] # C++ has no types
         kernels = kernels_for(self, x, *parameters)
         if kernels is self.eager:
             return self.torch_forward(x, *parameters, inplace=inplace)
@@ -221,7 +247,8 @@ class Elementwise(Row):
             with below_autograd():
                 kernels.forward_out(x, *parameters, out=x)  # type: ignore[misc]
             return x
-        source = x.clone() if self.saves_inplace == "x" else x
+        keeps_x = kernels.forward_with_mask_out is None and self.saves_inplace != "y"
+        source = x.clone() if keeps_x else x
         return first(self.InplaceFunction.apply_kernels(source, x, *parameters, kernels))
 
     def raw_ops(self) -> dict[str, RawOp]:
@@ -247,59 +274,20 @@ class Elementwise(Row):
         return ops
 
 
-# What the raw ops return.
-def nothing(x: Tensor, *parameters: float, out: Tensor) -> None:
-    return None
-
-
-def mask_of(x: Tensor, *parameters: float, out: Tensor) -> Tensor:
-    return empty_mask(x, mask_numel(x))
-
-
-def like_x_and_mask(x: Tensor, *parameters: float) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(x), empty_mask(x, mask_numel(x))
-
-
-def like_saved(grad_output: Tensor, saved: Tensor, *parameters: float) -> Tensor:
-    return torch.empty_like(saved)
-
-
-def like_grad_output(grad_output: Tensor, mask: Tensor, *parameters_and_stride: Any) -> Tensor:
-    return empty_strided(grad_output, grad_output.shape, parameters_and_stride[-1])
-
-
-def check_x(
-    op: str,
-    device_types: tuple[str, ...] | None,
-    x: Tensor,
-    *args: Tensor | float,
-    out: Tensor | None = None,
-) -> None:
-    """The arguments of forward, or those of backward: `grad_output`, then what is saved."""
-    check(op, device_types, x, args[0] if args and isinstance(args[0], Tensor) else out)
-
-
-def check_masked_backward(
-    op: str,
-    device_types: tuple[str, ...] | None,
-    grad_output: Tensor,
-    mask: Tensor,
-    *parameters_and_stride: Any,
-) -> None:
-    check(op, device_types, grad_output)
-    check_mask(op, grad_output, mask, (mask_numel(grad_output),))
-    check_stride(op, grad_output.shape, parameters_and_stride[-1])
-
-
-def mask_numel(x: Tensor) -> int:
-    """Bytes of a mask for `x`: one bit an element."""
-    return (x.numel() + 7) // 8
-
-
 def grad_input(
-    row: Elementwise, saves: str, ctx: ElementwiseContext, grad_output: Tensor | None
-) -> Tensor:
-    """The gradient with respect to `x`, itself differentiable under `create_graph=True`."""
+    row: Elementwise,
+    saves: str,
+    ctx: ElementwiseContext,
+    grad_output: Tensor | None,
+    grad_anchor: Tensor | None = None,
+) -> Tensor | None:
+    """The gradient with respect to `x`, itself differentiable under `create_graph=True`.
+
+    None where there is no gradient of `y`, as with torch's own ops, and none of the anchor of
+    `save_mask` either.
+    """
+    if grad_output is None and grad_anchor is None:
+        return None
     saved, *anchor = ctx.saved_tensors
     kernels, parameters = ctx.kernels, ctx.parameters
     if grad_output is None:

@@ -13,6 +13,7 @@ from fused_act import ops
 from fused_act.activations import FAMILIES
 from fused_act.dispatch import DTYPES, Kernels
 from fused_act.families.base import Row
+from tests.shared import cpu_ops
 from tests.shared.facts import FACTS, Facts
 
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
@@ -100,6 +101,10 @@ BACKENDS = [
     pytest.param("cuda", marks=pytest.mark.gpu),
 ]
 
+# Without a GPU the ops of csrc/ run on CPU tensors, called by the host extension or by Python.
+ON_HOST = {"csrc": cpu_ops.in_cpp, "csrc-python": cpu_ops.in_python}
+OF_CSRC = [pytest.param(way, id=way) for way in ON_HOST]
+
 elementwise_rows = pytest.mark.parametrize("case", CASES, ids=str)
 all_rows = pytest.mark.parametrize("case", ALL_CASES, ids=str)
 all_accuracy_cases = pytest.mark.parametrize("case", ACCURACY_CASES, ids=str)
@@ -131,6 +136,7 @@ def combinations(ways):
             for way in ways
             for inplace, suffix in ((False, ""), (True, "-inplace"))
             if not inplace or (case.has_inplace and way.id != "Function")
+            if way.id not in ON_HOST or case.row.family in cpu_ops.CONNECTED
         ],
     )
 

@@ -7,14 +7,8 @@ instructions, then ones that are off by as much as the hardware's may be.
 from __future__ import annotations
 
 import ctypes
-import fcntl
 import functools
-import hashlib
-import os
 import re
-import shutil
-import subprocess
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -22,51 +16,19 @@ from torch import Tensor
 from fused_act.dispatch import DTYPES
 from fused_act.families.base import Row
 from tests.shared.accuracy import as_batch
+from tests.shared.compiling import ROOT, SHARED, shared_library
 
-ROOT = Path(__file__).parent.parent.parent
-SOURCES = Path(__file__).parent / "host"
-COMPILER = shutil.which("g++") or shutil.which("clang++")
-BUILT = ROOT / "build" / "host_kernels"
-
-
-@functools.cache
-def digest() -> str:
-    """A checksum of all that a build depends on."""
-    found = hashlib.sha256(torch.__version__.encode())
-    found.update(subprocess.check_output([COMPILER, "--version"]))
-    for path in [Path(__file__), *sorted([*(ROOT / "csrc").iterdir(), *SOURCES.iterdir()])]:
-        found.update(path.name.encode() + path.read_bytes())
-    return found.hexdigest()[:16]
+SOURCES = SHARED / "host"
 
 
 @functools.cache
 def library(row: Row) -> ctypes.CDLL:
-    """The host build of a row, out of its registration line.
-
-    It is built once for all processes and runs: whoever comes first builds it and the others wait.
-    """
+    """The host build of a row, out of its registration line."""
     registration = rf'{row.family}::implement<(\w+)((?:, double)*)>\(library, "{row.name}"\)'
     text = (ROOT / "csrc" / "register.cu").read_text()
     struct, parameters = re.search(registration, text).groups()
-    folder = BUILT / digest()
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{row.name}.so"
-    with (folder / f"{row.name}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not path.exists():
-            unfinished = path.with_suffix(".unfinished.so")
-            command = [
-                COMPILER,
-                *("-std=c++20", "-O2", "-shared", "-fPIC"),
-                f"-I{Path(torch.__file__).parent / 'include'}",
-                f"-DACTIVATION={struct}",
-                f"-DPARAMETER_COUNT={parameters.count('double')}",
-                str(SOURCES / f"{row.family}.cpp"),
-                *("-o", str(unfinished)),
-            ]
-            subprocess.run(command, check=True)
-            os.replace(unfinished, path)
-    return ctypes.CDLL(str(path))
+    options = [f"-DACTIVATION={struct}", f"-DPARAMETER_COUNT={parameters.count('double')}"]
+    return ctypes.CDLL(str(shared_library(SOURCES / f"{row.family}.cpp", row.name, options)))
 
 
 def host(case):

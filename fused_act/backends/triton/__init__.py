@@ -15,7 +15,7 @@ import textwrap
 from collections.abc import Callable
 from typing import Any
 
-from fused_act import ops
+from fused_act import host, ops
 from fused_act.activations import ROWS
 from fused_act.dispatch import Backend, Kernels, gpu_unavailable, older
 from fused_act.families.base import Row
@@ -118,4 +118,5 @@ BACKEND = Backend(
     unavailable=unavailable,
     load=load,
     device_types=DEVICE_TYPES,
+    connect=host.connect,
 )

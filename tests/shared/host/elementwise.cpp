@@ -2,7 +2,7 @@
 //
 // Compiled once per activation, with -DACTIVATION=Swish -DPARAMETER_COUNT=1: see
 // host_kernels.py, which reads both out of csrc/register.cu.
-#include "../../../csrc/elementwise.cuh"
+#include "elementwise_loops.h"
 
 #include <type_traits>
 #include <utility>
@@ -21,47 +21,6 @@ ACTIVATION<T> make(const double* parameters, std::index_sequence<I...>) {
 template <typename T>
 ACTIVATION<T> make(const double* parameters) {
   return make<T>(parameters, std::make_index_sequence<PARAMETER_COUNT>());
-}
-
-template <typename T>
-void forward(const double* parameters, const T* x, T* y, uint8_t* mask, int64_t numel,
-             int64_t first_block, int64_t last_block) {
-  const auto activation = make<T>(parameters);
-  with_widest_access<T>(
-      [&](auto width) {
-        constexpr int kWidth = decltype(width)::value;
-        for (int64_t block = first_block; block < last_block; block++) {
-          for (int thread = 0; thread < Shares<T, kWidth>::kThreads; thread++) {
-            if constexpr (kSavesMask<ACTIVATION<T>>) {
-              if (mask != nullptr) {
-                forward_thread<kWidth, true>(activation, x, y, mask, numel, block, thread);
-                continue;
-              }
-            }
-            forward_thread<kWidth, false>(activation, x, y, mask, numel, block, thread);
-          }
-        }
-      },
-      x, y);
-}
-
-template <bool kMasked, typename Activation, typename T, typename Saved>
-void backward(Activation activation, const T* grad_output, const Saved* saved, T* grad_input,
-              int64_t numel, int64_t first_block, int64_t last_block) {
-  auto run = [&](auto width) {
-    constexpr int kWidth = decltype(width)::value;
-    for (int64_t block = first_block; block < last_block; block++) {
-      for (int thread = 0; thread < Shares<T, kWidth>::kThreads; thread++) {
-        backward_thread<kWidth, kMasked>(activation, grad_output, saved, grad_input, numel, block,
-                                         thread);
-      }
-    }
-  };
-  if constexpr (kMasked) {
-    with_widest_access<T>(run, grad_output, grad_input);
-  } else {
-    with_widest_access<T>(run, grad_output, saved, grad_input);
-  }
 }
 
 }  // namespace
@@ -99,8 +58,16 @@ void run_forward(int dtype, const double* parameters, const void* x, void* y, ui
                  int64_t numel, int64_t first_block, int64_t last_block) {
   with_dtype(dtype, [&](auto element) {
     using T = decltype(element);
-    forward(parameters, static_cast<const T*>(x), static_cast<T*>(y), mask, numel, first_block,
-            last_block);
+    const auto activation = make<T>(parameters);
+    const auto* source = static_cast<const T*>(x);
+    auto* result = static_cast<T*>(y);
+    if constexpr (kSavesMask<ACTIVATION<T>>) {
+      if (mask != nullptr) {
+        run_forward_blocks<true>(activation, source, result, mask, numel, first_block, last_block);
+        return;
+      }
+    }
+    run_forward_blocks<false>(activation, source, result, mask, numel, first_block, last_block);
   });
 }
 
@@ -114,18 +81,18 @@ void run_backward(int dtype, const double* parameters, const void* grad_output, 
     auto* result = static_cast<T*>(grad_input);
     const auto activation = make<T>(parameters);
     if constexpr (kSavesMask<ACTIVATION<T>>) {
-      backward<true>(activation, grad, static_cast<const uint8_t*>(saved), result, numel,
+      run_backward_blocks<true>(activation, grad, static_cast<const uint8_t*>(saved), result, numel,
                      first_block, last_block);
     }
     if constexpr (kSavesInput<ACTIVATION<T>>) {
       if (saves == 'x') {
-        backward<false>(activation, grad, static_cast<const T*>(saved), result, numel, first_block,
+        run_backward_blocks<false>(activation, grad, static_cast<const T*>(saved), result, numel, first_block,
                         last_block);
       }
     }
     if constexpr (kSavesOutput<ACTIVATION<T>>) {
       if (saves == 'y') {
-        backward<false>(FromOutput<ACTIVATION<T>>{activation}, grad, static_cast<const T*>(saved),
+        run_backward_blocks<false>(FromOutput<ACTIVATION<T>>{activation}, grad, static_cast<const T*>(saved),
                         result, numel, first_block, last_block);
       }
     }

@@ -1,0 +1,128 @@
+// One eager call: whether the kernels take it, the op, and the node of the autograd graph.
+#pragma once
+
+#include <ATen/ExpandUtils.h>
+#include <ATen/PythonTorchFunctionTLS.h>
+#include <c10/core/InferenceMode.h>
+#include <torch/csrc/autograd/functions/utils.h>
+
+#include <algorithm>
+
+#include "node.h"
+
+namespace fused_act::host {
+
+// The type of `torch.device(...)` as a context, and so of `torch.set_default_device`: a mode that
+// changes only where new tensors are made.
+inline PyTypeObject* device_context = nullptr;
+
+inline bool is_other_function_mode_active() {
+  using at::impl::PythonTorchFunctionTLS;
+  if (!at::impl::torch_function_mode_enabled()) {
+    return false;
+  }
+  for (int64_t i = 0; i < PythonTorchFunctionTLS::stack_len(); i++) {
+    const auto& mode = PythonTorchFunctionTLS::get_stack_at(i);
+    if (Py_TYPE(mode->ptr(getPyInterpreter())) != device_context) {
+      return true;
+    }
+  }
+  return false;
+}
+
+// Whether the kernels take `x` here and now; sets `needs_grad`. All else is Python's to decide.
+inline bool takes(const Entry& entry, const Tensor& x, bool inplace, bool& needs_grad) {
+  // The keys of x tell that it is on the right device and strided, and neither nested, negated nor
+  // conjugated, nor wrapped by a transform or dispatched to Python.
+  if (std::find(entry.keys.begin(), entry.keys.end(), x.key_set()) == entry.keys.end()) {
+    return false;
+  }
+  const auto dtype = x.scalar_type();
+  if (dtype != at::kFloat && dtype != at::kHalf && dtype != at::kBFloat16) {
+    return false;
+  }
+  // Transforms, dispatch modes, functionalization and tracing are keys that a thread includes.
+  const auto local = c10::impl::tls_local_dispatch_key_set();
+  if (!(local.included_ - c10::default_included_set).empty() || is_other_function_mode_active() ||
+      has_tangent(x)) {
+    return false;
+  }
+  needs_grad = c10::GradMode::is_enabled() && x.requires_grad();
+  if (needs_grad && local.excluded_.has_any(c10::autograd_dispatch_keyset)) {
+    return false;
+  }
+  // torch knows which leaf, view or inference tensor must not be written, and raises.
+  return !inplace || (!(needs_grad && (x.is_leaf() || x.is_view())) &&
+                      (!x.is_inference() || c10::InferenceMode::is_enabled()));
+}
+
+// The op's result, below autograd: y, and in `mask` what it returns beside y.
+inline Tensor call_forward(const Entry& entry, const Tensor& x, bool inplace,
+                           const Parameters& parameters, Tensor* mask) {
+  const at::AutoDispatchBelowADInplaceOrView guard;
+  Stack stack = stack_of(parameters, x);
+  if (inplace) {
+    stack.emplace_back(x);
+    entry.ops[mask == nullptr ? kForwardOut : kForwardWithMaskOut]->callBoxed(stack);
+  } else {
+    entry.ops[mask == nullptr ? kForward : kForwardWithMask]->callBoxed(stack);
+  }
+  if (mask != nullptr) {
+    *mask = std::move(stack.back()).toTensor();
+  }
+  return inplace ? x : std::move(stack.front()).toTensor();
+}
+
+// y = f(x), where y is x if `inplace`, without a node.
+inline Tensor compute(const Entry& entry, const Tensor& x, bool inplace,
+                      const Parameters& parameters) {
+  Tensor y = call_forward(entry, x, inplace, parameters, nullptr);
+  if (inplace && !x.is_inference()) {
+    torch::autograd::impl::bump_version(x);
+  }
+  return y;
+}
+
+// The stride in which kernels write what belongs to x: its own, or that of its dense copy.
+inline Stride dense_stride(const Tensor& x) {
+  const auto stride = x.is_non_overlapping_and_dense()
+                          ? x.strides().vec()
+                          : at::infer_dense_strides(x.sizes(), x.strides());
+  return Stride(stride.begin(), stride.end());
+}
+
+// Likewise with a node, which it records. Each SavedVariable is made outside the guards that skip
+// autograd, because hooks may run there.
+inline Tensor record(const Entry& entry, const Tensor& x, bool inplace,
+                     const Parameters& parameters) {
+  namespace autograd = torch::autograd;
+  const Saves saves = entry.recording(inplace).saves;
+  auto node = make_node(entry, inplace, parameters);
+  node->add_next_edge(autograd::impl::gradient_edge(x));
+  if (saves == Saves::kX) {
+    Tensor source = x;
+    if (inplace) {  // a copy outside the graph; the node gives it the edge of x on demand
+      const at::AutoDispatchBelowADInplaceOrView guard;
+      source = x.clone();
+    }
+    node->saved = SavedVariable(source, false);
+  }
+  Tensor mask;
+  Tensor y = call_forward(entry, x, inplace, parameters, saves == Saves::kMask ? &mask : nullptr);
+  if (inplace) {
+    autograd::impl::bump_version(x);
+    node->add_input_metadata(x);
+    autograd::impl::rebase_history(x, {node, 0});
+  } else {
+    autograd::set_history(y, node);
+  }
+  if (saves == Saves::kMask) {
+    node->stride = dense_stride(y);
+    node->saved = SavedVariable(mask, false);
+  } else if (saves == Saves::kY) {
+    node->saved = SavedVariable(y, true);
+  }
+  return y;
+}
+
+}  // namespace fused_act::host

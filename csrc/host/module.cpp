@@ -1,0 +1,237 @@
+// The Python module: `Path`, an activation in one backend, which can be called; and the type of its
+// nodes, which tell of themselves what the node of the Python Function tells.
+#include <ATen/ops/empty.h>
+#include <torch/csrc/autograd/utils/wrap_outputs.h>
+#include <torch/csrc/utils/pybind.h>
+
+#include "entry.h"
+
+#define FUSED_ACT_STRING_OF(name) #name
+#define FUSED_ACT_STRING(name) FUSED_ACT_STRING_OF(name)
+#define FUSED_ACT_JOIN_OF(a, b) a##b
+#define FUSED_ACT_JOIN(a, b) FUSED_ACT_JOIN_OF(a, b)
+
+namespace fused_act::host {
+namespace {
+
+namespace autograd = torch::autograd;
+namespace py = pybind11;
+
+struct Path {
+  PyObject_HEAD
+  vectorcallfunc call;
+  const Entry* entry;
+};
+
+// path(x, inplace, *parameters) -> y, or NotImplemented where Python is to decide.
+PyObject* call_path(PyObject* self, PyObject* const* args, size_t flagged_count, PyObject*) {
+  HANDLE_TH_ERRORS
+  const Entry& entry = *reinterpret_cast<Path*>(self)->entry;
+  if (PyVectorcall_NARGS(flagged_count) != 2 + entry.parameter_count ||
+      !THPVariable_CheckExact(args[0]) || !PyBool_Check(args[1])) {
+    Py_RETURN_NOTIMPLEMENTED;
+  }
+  const Tensor& x = THPVariable_Unpack(args[0]);
+  const bool inplace = args[1] == Py_True;
+  bool needs_grad = false;
+  if (!takes(entry, x, inplace, needs_grad)) {
+    Py_RETURN_NOTIMPLEMENTED;
+  }
+  Parameters parameters(static_cast<size_t>(entry.parameter_count));
+  for (size_t i = 0; i < parameters.size(); i++) {
+    if (!PyFloat_CheckExact(args[2 + i])) {
+      Py_RETURN_NOTIMPLEMENTED;
+    }
+    parameters[i] = PyFloat_AS_DOUBLE(args[2 + i]);
+  }
+  Tensor y;
+  {
+    const py::gil_scoped_release no_gil;
+    y = needs_grad ? record(entry, x, inplace, parameters)
+                   : compute(entry, x, inplace, parameters);
+  }
+  return inplace ? Py_NewRef(args[0]) : THPVariable_Wrap(std::move(y));
+  END_HANDLE_TH_ERRORS
+}
+
+Saves saves_of(const std::string& name) {
+  return name == "x" ? Saves::kX : name == "y" ? Saves::kY : Saves::kMask;
+}
+
+// Kept for good: see `Recording`.
+PyObject* kept(py::handle object) { return object.inc_ref().ptr(); }
+
+Recording recording_of(const py::tuple& fields) {
+  return {fields[0].cast<std::string>(), saves_of(fields[1].cast<std::string>()), kept(fields[2]),
+          kept(fields[3])};
+}
+
+// The keys of a plain tensor of a device, and of one that was made in inference mode.
+void add_keys(std::vector<c10::DispatchKeySet>& keys, const std::string& device_type) {
+  const auto key = c10::computeDispatchKey(std::nullopt, std::nullopt,
+                                           c10::Device(device_type).type());
+  const auto component = c10::toBackendComponent(key);
+  const auto inference =
+      c10::DispatchKeySet(key) | c10::getAutocastRelatedKeySetFromBackend(component);
+  keys.push_back(inference | c10::getAutogradRelatedKeySetFromBackend(component));
+  keys.push_back(inference);
+}
+
+// Path(kernels, ops, device_types, parameter_count, out_of_place, in_place), where `ops` has the
+// name and the overload of each op by its field, and the last two are the fields of `Recording`.
+PyObject* make_path(PyTypeObject* type, PyObject* args, PyObject*) {
+  HANDLE_TH_ERRORS
+  const auto arguments = py::reinterpret_borrow<py::tuple>(args);
+  Entry entry{};
+  for (const auto& [field, found] : arguments[1].cast<py::dict>()) {
+    const auto place = std::find(std::begin(kFieldNames), std::end(kFieldNames),
+                                 field.cast<std::string>());
+    const auto name = found.cast<std::pair<std::string, std::string>>();
+    entry.ops.at(place - std::begin(kFieldNames)) =
+        c10::Dispatcher::singleton().findSchemaOrThrow(name.first.c_str(), name.second.c_str());
+  }
+  for (const auto device_type : arguments[2]) {
+    add_keys(entry.keys, device_type.cast<std::string>());
+  }
+  entry.parameter_count = arguments[3].cast<Py_ssize_t>();
+  entry.out_of_place = recording_of(arguments[4]);
+  entry.in_place = recording_of(arguments[5]);
+  entry.kernels = kept(arguments[0]);
+  auto* path = reinterpret_cast<Path*>(type->tp_alloc(type, 0));
+  if (path == nullptr) {
+    return nullptr;
+  }
+  path->call = call_path;
+  path->entry = &table().add(std::move(entry));
+  return reinterpret_cast<PyObject*>(path);
+  END_HANDLE_TH_ERRORS
+}
+
+// What a node tells. The names are those of the context of a Function.
+
+PyObject* get_function(PyObject* self, void*) {
+  return Py_NewRef(node_of(self).recording().function);
+}
+
+PyObject* get_kernels(PyObject* self, void*) { return Py_NewRef(node_of(self).entry.kernels); }
+
+PyObject* get_parameters(PyObject* self, void*) {
+  HANDLE_TH_ERRORS
+  const Parameters& parameters = node_of(self).parameters;
+  py::tuple found(parameters.size());
+  for (size_t i = 0; i < parameters.size(); i++) {
+    found[i] = parameters[i];
+  }
+  return found.release().ptr();
+  END_HANDLE_TH_ERRORS
+}
+
+PyObject* tuple_of(c10::SymIntArrayRef values) {
+  py::tuple found(values.size());
+  for (size_t i = 0; i < values.size(); i++) {
+    found[i] = py::cast(values[i]);
+  }
+  return found.release().ptr();
+}
+
+PyObject* get_shape(PyObject* self, void*) {
+  HANDLE_TH_ERRORS
+  return tuple_of(node_of(self).input_metadata(0).shape_as_dim_vector());
+  END_HANDLE_TH_ERRORS
+}
+
+PyObject* get_stride(PyObject* self, void*) {
+  HANDLE_TH_ERRORS
+  return tuple_of(node_of(self).stride);
+  END_HANDLE_TH_ERRORS
+}
+
+// An empty tensor through which a second backward finds x, whose gradient is then 0 and not None.
+// It is narrowed inside the graph, because gradients have the shape of x.
+Tensor anchor_of(const ActivationNode& node) {
+  const auto& metadata = node.input_metadata(0);
+  const Tensor x = at::empty({}, metadata.options()).expand_symint(metadata.shape_as_dim_vector());
+  autograd::impl::set_gradient_edge(x, node.next_edge(0));
+  const at::AutoGradMode with_grad(true);
+  return x.as_strided({0}, {1});
+}
+
+PyObject* get_saved_tensors(PyObject* self, void*) {
+  HANDLE_TH_ERRORS
+  ActivationNode& node = node_of(self);
+  const Saves saves = node.recording().saves;
+  autograd::variable_list tensors{node.unpack()};
+  if (saves == Saves::kX && node.inplace) {  // in the graph it takes the place of x
+    tensors[0] = tensors[0].detach();
+    autograd::impl::set_gradient_edge(tensors[0], node.next_edge(0));
+  }
+  if (saves == Saves::kMask) {
+    tensors.push_back(anchor_of(node));
+  }
+  THPObjectPtr list(autograd::utils::wrap(tensors));
+  return PySequence_Tuple(list.get());
+  END_HANDLE_TH_ERRORS
+}
+
+PyObject* get_raw_saved_tensors(PyObject* self, void*) {
+  HANDLE_TH_ERRORS
+  const auto policy = py::return_value_policy::reference_internal;
+  return py::make_tuple(py::cast(node_of(self).saved, policy, self)).release().ptr();
+  END_HANDLE_TH_ERRORS
+}
+
+PyObject* represent(PyObject* self) {
+  return PyUnicode_FromFormat("<%s object at %p>", node_of(self).name().c_str(), self);
+}
+
+using namespace torch::autograd;  // which the macro of torch expects
+
+PyGetSetDef node_properties[] = {
+    THP_FUNCTION_DEFAULT_PROPERTIES,
+    {"_forward_cls", get_function, nullptr, nullptr, nullptr},
+    {"kernels", get_kernels, nullptr, nullptr, nullptr},
+    {"parameters", get_parameters, nullptr, nullptr, nullptr},
+    {"shape", get_shape, nullptr, nullptr, nullptr},
+    {"stride", get_stride, nullptr, nullptr, nullptr},
+    {"saved_tensors", get_saved_tensors, nullptr, nullptr, nullptr},
+    {"_raw_saved_tensors", get_raw_saved_tensors, nullptr, nullptr, nullptr},
+    {nullptr},
+};
+
+PyTypeObject path_type = {PyVarObject_HEAD_INIT(nullptr, 0)};
+PyTypeObject node_type = {PyVarObject_HEAD_INIT(nullptr, 0)};
+PyModuleDef module = {PyModuleDef_HEAD_INIT, FUSED_ACT_STRING(FUSED_ACT_HOST), nullptr, -1};
+
+PyObject* make_module() {
+  path_type.tp_name = "fused_act.host.Path";
+  path_type.tp_basicsize = sizeof(Path);
+  path_type.tp_flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_VECTORCALL;
+  path_type.tp_vectorcall_offset = offsetof(Path, call);
+  path_type.tp_call = PyVectorcall_Call;
+  path_type.tp_new = make_path;
+  node_type.tp_repr = represent;
+  // For a type of this name torch prints the name that the node itself has.
+  autograd::_initFunctionPyTypeObject(node_type, "fused_act.CppFunction", node_properties, nullptr);
+  autograd::registerCppFunction(typeid(ActivationNode), &node_type);
+  THPObjectPtr contexts(PyImport_ImportModule("torch.utils._device"));
+  if (!contexts) {
+    return nullptr;
+  }
+  device_context =
+      reinterpret_cast<PyTypeObject*>(PyObject_GetAttrString(contexts.get(), "DeviceContext"));
+  THPObjectPtr made(PyModule_Create(&module));
+  if (device_context == nullptr || !made || PyModule_AddType(made.get(), &path_type) < 0 ||
+      PyModule_AddObjectRef(made.get(), "Node", reinterpret_cast<PyObject*>(&node_type)) < 0) {
+    return nullptr;
+  }
+#ifdef Py_GIL_DISABLED
+  PyUnstable_Module_SetGIL(made.get(), Py_MOD_GIL_NOT_USED);
+#endif
+  return made.release();
+}
+
+}  // namespace
+}  // namespace fused_act::host
+
+// FUSED_ACT_HOST is the module's name, which carries the torch that it is built for.
+PyMODINIT_FUNC FUSED_ACT_JOIN(PyInit_, FUSED_ACT_HOST)() { return fused_act::host::make_module(); }

@@ -1,0 +1,59 @@
+"""The extensions that setup.py builds: where they are, what they are called, why one is missing.
+
+setup.py takes the name of the host extension from here, so this file imports nothing of ours.
+"""
+
+from __future__ import annotations
+
+import re
+import struct
+from pathlib import Path
+
+import torch
+
+FOLDER = Path(__file__).parent
+
+
+def host_name() -> str | None:
+    """What the host extension for the torch that is imported is called, or None for a nameless one.
+
+    The full C++ API changes from torch to torch without a warning. A name that carries the version
+    and the commit is one that another torch does not find.
+    """
+    commit = getattr(torch.version, "git_version", None)
+    if not commit or commit == "Unknown":
+        return None
+    version = re.sub(r"\W", "_", torch.__version__.partition("+")[0])
+    kind = "_debug" if torch.version.debug else ""
+    return f"_host_torch_{version}_{commit[:12]}{kind}"
+
+
+def built_for() -> list[str]:
+    """The versions of torch whose host extensions are here: ["2.11.0"]."""
+    names = (path.name for path in FOLDER.glob("_host_torch_*.so"))
+    found = (re.match(r"_host_torch_(\w+)_[0-9a-f]{12}", name) for name in names)
+    return sorted({match[1].replace("_", ".") for match in found if match})
+
+
+def left_out(extension: str) -> str | None:
+    """Why the build left out the extension, "CUDA" or "host", if it wrote that down; see setup.py.
+
+    pip shows nothing of what a build prints.
+    """
+    note = FOLDER / f"left_out_{extension.lower()}.txt"
+    return note.read_text() if note.exists() else None
+
+
+def is_truncated(path: Path) -> bool:
+    """Whether an ELF file ends before its section headers do, which come last.
+
+    The loader maps what is not there, and touching it kills the process (SIGBUS).
+    """
+    with path.open("rb") as file:
+        header = file.read(64)
+    if len(header) < 64 or not header.startswith(b"\x7fELF"):
+        return False  # the loader says so itself
+    (offset,) = struct.unpack_from("<Q", header, 40)
+    size, count = struct.unpack_from("<HH", header, 58)
+    end: int = offset + size * count
+    return path.stat().st_size < end

@@ -1,0 +1,76 @@
+"""The host path in C++: what an eager call runs instead of the Python of families/.
+
+The host extension (csrc/host) decides "kernel or torch?" for the usual case, calls the raw op and
+makes the autograd node, for what a call of torch's own op costs. What it does not take it hands
+back to Python. It is built for one torch alone; without it Python does everything.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch.autograd.graph import Node
+
+from fused_act import extensions
+from fused_act._torch_private import OpOverload
+from fused_act.activations import ROWS
+from fused_act.dispatch import Backend, Kernels
+from fused_act.families.base import Row
+
+REBUILD = "where a C++ compiler is, reinstall with `pip install --no-build-isolation .`"
+
+
+@functools.cache
+def extension() -> ModuleType | str:
+    """The extension for this torch, loaded, or why it is not here and what to do."""
+    name = extensions.host_name()
+    if name is None:
+        return "this torch does not tell its commit, so there is no extension for it alone"
+    found = importlib.util.find_spec(f"fused_act.{name}")
+    if found is None or found.origin is None:
+        others = extensions.built_for()
+        if others:
+            return f"built for torch {', '.join(others)}, this is {torch.__version__}; {REBUILD}"
+        reason = extensions.left_out("host")
+        if reason is not None:
+            return f"the build left the host extension out: {reason}; {REBUILD}"
+        return f"this install has no host extension; {REBUILD}"
+    if extensions.is_truncated(Path(found.origin)):
+        return f"the host extension is truncated; {REBUILD}"
+    try:
+        module = importlib.import_module(f"fused_act.{name}")
+    except ImportError as error:
+        return f"the host extension does not load ({error}); {REBUILD}"
+    Node.register(module.Node)
+    return module
+
+
+def connect(backend: Backend) -> dict[str, Callable[..., Any]]:
+    """A path for each row that C++ can call in `backend`, by the name of the row."""
+    module = extension()
+    if isinstance(module, str):
+        return {}
+    paths = (
+        make_path(module, ROWS[name], kernels, backend) for name, kernels in backend.kernels.items()
+    )
+    return {name: path for name, path in zip(backend.kernels, paths) if path is not None}
+
+
+def make_path(
+    module: ModuleType, row: Row, kernels: Kernels, backend: Backend
+) -> Callable[..., Any] | None:
+    """What calls `row` in C++: `path(x, inplace, *parameters) -> y`, or NotImplemented."""
+    recordings = row.recordings(kernels)
+    ops = {field: op for field, op in kernels._asdict().items() if op is not None}
+    if recordings is None or not all(isinstance(op, OpOverload) for op in ops.values()):
+        return None
+    names = {field: tuple(op.name().partition(".")[::2]) for field, op in ops.items()}
+    path: Callable[..., Any] = module.Path(kernels, names, backend.device_types, *recordings)
+    return path

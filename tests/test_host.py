@@ -1,0 +1,537 @@
+"""The host path: an eager call in C++ does what the same call does in Python, and what torch's does.
+
+The ops of csrc/ run on CPU tensors, see shared/cpu_ops.py. test_autograd.py runs its programs over
+both ways, too, and in the interpreter all tests of kernels go through C++ where it is built.
+"""
+
+import contextlib
+import copy
+import gc
+import io
+import pickle
+import resource
+import threading
+import weakref
+
+import pytest
+import torch
+import torch.autograd.forward_ad as forward_ad
+from torch import nn
+from torch.autograd import graph
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import fused_act
+from fused_act import host
+from fused_act.dispatch import DTYPES
+from tests.shared import compiling, cpu_ops
+from tests.shared.cases import ON_HOST, all_dtypes, elementwise_rows
+
+pytestmark = [
+    pytest.mark.skipif(compiling.COMPILER is None, reason="needs a C++ compiler"),
+    pytest.mark.skipif(isinstance(host.extension(), str), reason="needs the host extension"),
+]
+both_ways = pytest.mark.parametrize("way", ON_HOST)
+in_place_or_not = pytest.mark.parametrize("inplace", [False, True], ids=["", "inplace"])
+
+
+@pytest.fixture
+def calls():
+    """Forces the ops of csrc/ in C++; fails unless C++ has taken a call."""
+    with cpu_ops.in_cpp() as counter:
+        yield counter
+    assert counter.taken > 0
+
+
+@pytest.fixture
+def way_to_ops(way):
+    with ON_HOST[way]():
+        yield way
+
+
+def values(*shape, dtype=torch.float32):
+    return (4 * torch.randn(shape or (3, 5))).to(dtype).requires_grad_()
+
+
+def assert_same(ours, theirs):
+    """Bits, signs of zeros, and strides; of None that it is None."""
+    assert len(ours) == len(theirs)
+    for a, b in zip(ours, theirs):
+        if b is None:
+            assert a is None
+            continue
+        assert a.dtype is b.dtype
+        assert a.stride() == b.stride()
+        bits = {2: torch.int16, 4: torch.int32}[a.itemsize]
+        assert torch.equal(a.detach().clone().view(bits), b.detach().clone().view(bits))
+
+
+LAYOUTS = {
+    "contiguous": lambda x: x * 1,
+    "transposed": lambda x: (x * 1).t(),
+    "gapped": lambda x: (x * 1)[:, ::2],
+    "offset": lambda x: (x * 1).flatten()[1:],
+    "row": lambda x: (x * 1)[1],
+    "expanded": lambda x: (x * 1).expand(2, 6, 8),
+    "empty": lambda x: (x * 1)[:0],
+    "scalar": lambda x: (x * 1)[0, 0],
+    "channels_last": lambda x: (x * 1).reshape(2, 3, 4, 2).to(memory_format=torch.channels_last),
+}
+GRADIENTS = {
+    "dense": lambda y: torch.linspace(-2, 2, y.numel()).reshape(y.shape).to(y.dtype),
+    "expanded": lambda y: torch.ones((), dtype=y.dtype).expand(y.shape),
+    "reversed": lambda y: (
+        torch.linspace(-2, 2, y.numel())
+        .to(y.dtype)
+        .reshape(y.shape[::-1])
+        .permute(tuple(range(y.dim()))[::-1])
+    ),
+}
+
+
+def all_of(case, inplace, dtype, layout, gradient):
+    """y, its strides and version, the first and the second derivative, without and with a graph."""
+    torch.manual_seed(0)
+    leaf = values(6, 8, dtype=dtype)
+    x = LAYOUTS[layout](leaf)
+    x = x.clone() if x._is_view() and inplace else x
+    without_graph = x.detach().clone()
+    z = case.function(without_graph, inplace=inplace)
+    assert (z is without_graph) is inplace
+    version = x._version
+    y = case.function(x, inplace=inplace)
+    assert (y is x) is inplace
+    versions = (x._version - version, without_graph._version)
+    grad_output = GRADIENTS[gradient](y)
+    (first,) = torch.autograd.grad(y, leaf, grad_output, retain_graph=True)
+    (kept,) = torch.autograd.grad(y, leaf, grad_output, create_graph=True)
+    (second,) = torch.autograd.grad(kept.sum(), leaf, allow_unused=True)
+    return versions, [z, y, first, kept, second]
+
+
+@elementwise_rows
+@in_place_or_not
+@all_dtypes
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_as_in_python_bit_for_bit(case, inplace, dtype, layout):
+    for gradient in GRADIENTS:
+        if inplace and layout == "expanded":
+            layout = "gapped"  # what is expanded must not be written
+        with cpu_ops.in_cpp() as counter:
+            versions, ours = all_of(case, inplace, dtype, layout, gradient)
+        assert (counter.taken, counter.declined) == (2, 0)
+        with cpu_ops.in_python():
+            expected_versions, theirs = all_of(case, inplace, dtype, layout, gradient)
+        assert_same(ours, theirs)
+        assert versions == expected_versions == (int(inplace), int(inplace))
+
+
+@elementwise_rows
+@in_place_or_not
+def test_derivatives_to_the_third(case, inplace, calls):
+    results = []
+    for function in (case.function, case.torch_function):
+        torch.manual_seed(0)
+        leaf = values()
+        y = function(leaf * 1, inplace=inplace)
+        found, total = [], (y**3).sum()
+        for _ in range(3):
+            (gradient,) = torch.autograd.grad(total, leaf, create_graph=True)
+            found.append(gradient)
+            total = (gradient**2).sum()
+        results.append(found)
+    for ours, theirs in zip(*results):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+class Cut(torch.autograd.Function):
+    """Gives no gradient to what comes before it."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x * 1
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        return None
+
+
+@elementwise_rows
+@both_ways
+@in_place_or_not
+@pytest.mark.usefixtures("way_to_ops")
+def test_an_undefined_gradient_stays_undefined(case, way, inplace):
+    for function in (case.function, case.torch_function):
+        x = values()
+        y = Cut.apply(function(x * 1, inplace=inplace))
+        assert torch.autograd.grad(y.sum(), x, allow_unused=True) == (None,)
+
+
+@elementwise_rows
+@both_ways
+@pytest.mark.usefixtures("way_to_ops")
+def test_versions_and_freed_graphs(case, way):
+    x = values() * 1
+    y = case.function(x)
+    (x if case.saves == "x" else y).add_(1)
+    if case.saves == "mask":
+        y.sum().backward()
+    else:
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            y.sum().backward()
+    y = case.function(values())
+    y.sum().backward()
+    with pytest.raises(RuntimeError, match="second time"):
+        y.sum().backward()
+    with pytest.raises(RuntimeError, match="after they have already been freed"):
+        assert y.grad_fn.saved_tensors
+
+
+@elementwise_rows
+@both_ways
+@pytest.mark.usefixtures("way_to_ops")
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: values(),
+        lambda: values()[0],
+        lambda: values().unbind()[0],
+        lambda: values().detach().expand(2, 3, 5),
+        torch.inference_mode()(lambda: torch.randn(3, 5)),
+    ],
+    ids=["leaf", "view of a leaf", "one of several views", "expanded", "inference tensor"],
+)
+def test_what_must_not_be_written_is_not(case, way, make):
+    messages = []
+    for function in (case.function, case.torch_function):
+        torch.manual_seed(0)
+        x = make()
+        before = x.detach().clone()
+        with pytest.raises(RuntimeError) as caught:
+            function(x, inplace=True)
+        messages.append(str(caught.value).partition("\n")[0])
+        assert torch.equal(x.detach(), before)
+    assert messages[0].endswith(messages[1])
+
+
+@elementwise_rows
+@both_ways
+@pytest.mark.usefixtures("way_to_ops")
+def test_what_was_saved_before_a_write_is_found_changed(case, way):
+    x = values() * 1
+    squared = x**2
+    case.function(x, inplace=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        squared.sum().backward()
+
+
+@elementwise_rows
+def test_inference_mode(case, calls):
+    with torch.inference_mode():
+        x = torch.randn(5)
+        assert case.function(x).is_inference()
+        case.function(x, inplace=True)
+    ordinary = torch.randn(5)
+    with torch.inference_mode():
+        case.function(ordinary)
+        case.function(ordinary, inplace=True)
+    assert calls.declined == 0
+    assert ordinary._version == 1
+
+
+@elementwise_rows
+@in_place_or_not
+def test_hooks_run_where_autograd_is_on(case, inplace, calls):
+    """A hook that detaches what it packs would lose versions where they are off."""
+    seen = []
+
+    def pack(tensor):
+        seen.append([torch._C._dispatch_tls_is_dispatch_key_excluded(key) for key in KEYS])
+        return tensor
+
+    x = values()
+    source = x * 1
+    with graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        y = case.function(source, inplace=inplace)
+    assert seen == [[False] * len(KEYS)]
+    y.sum().backward()
+    with graph.saved_tensors_hooks(lambda tensor: 1 / 0, lambda tensor: tensor):
+        with pytest.raises(ZeroDivisionError):
+            case.function(values())
+    with graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: 1 / 0):
+        y = case.function(values())
+    with pytest.raises(ZeroDivisionError):
+        y.sum().backward()
+
+
+KEYS = ("ADInplaceOrView", "AutogradCPU")
+
+
+@elementwise_rows
+@both_ways
+@in_place_or_not
+@pytest.mark.usefixtures("way_to_ops")
+def test_what_a_node_tells(case, way, inplace):
+    x = values()
+    y = case.function(x * 1, inplace=inplace)
+    node = y.grad_fn
+    function = case.row.InplaceFunction if inplace else case.row.Function
+    assert node.name() == f"{function.__name__}Backward"
+    assert f"grad_fn=<{node.name()}>" in repr(y)
+    assert node.name() in repr(node)
+    assert isinstance(node, graph.Node)
+    assert node is y.grad_fn
+    assert node._forward_cls is function
+    assert node.kernels is cpu_ops.CSRC.kernels[case.name]
+    assert node.parameters == case.parameters
+    if case.saves == "mask":
+        assert (node.shape, node.stride) == ((3, 5), (5, 1))
+    kept, *anchor = node.saved_tensors
+    assert [each.shape for each in anchor] == [(0,)] * (case.saves == "mask")
+    assert kept.dtype is (torch.uint8 if case.saves == "mask" else torch.float32)
+    node.metadata["key"] = "value"
+    assert y.grad_fn.metadata["key"] == "value"
+    assert len(node._raw_saved_tensors) == 1 + (way == "csrc-python" and case.saves == "mask")
+
+
+@elementwise_rows
+@both_ways
+@pytest.mark.usefixtures("way_to_ops")
+def test_anomaly_mode_names_the_node(case, way):
+    with torch.autograd.detect_anomaly():
+        y = case.function(values())
+        with pytest.raises(
+            RuntimeError, match=f"{case.row.spelling}FunctionBackward' returned nan"
+        ):
+            y.backward(torch.full((3, 5), float("nan")))
+
+
+class OfTensors(TorchDispatchMode):
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        return op(*args, **kwargs or {})
+
+
+class OfFunctions(TorchFunctionMode):
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        return function(*args, **kwargs or {})
+
+
+class Subclass(torch.Tensor):
+    pass
+
+
+UNUSUAL = {
+    "double": lambda: torch.randn(5, dtype=torch.double),
+    "meta": lambda: torch.randn(5, device="meta"),
+    "integers": lambda: torch.arange(5),
+    "sparse": lambda: torch.eye(3).to_sparse(),
+    "nested": lambda: torch.nested.nested_tensor([torch.randn(2), torch.randn(3)]),
+    "negated": lambda: torch._neg_view(torch.randn(5)),
+    "subclass": lambda: torch.randn(5).as_subclass(Subclass),
+    "number": lambda: 1.0,
+    "none": lambda: None,
+}
+SURROUNDINGS = {
+    "dispatch mode": OfTensors,
+    "function mode": OfFunctions,
+    "below autograd": torch._C._AutoDispatchBelowAutograd,
+    "fake tensors": torch._subclasses.fake_tensor.FakeTensorMode,
+}
+
+
+@pytest.mark.parametrize("make", UNUSUAL.values(), ids=UNUSUAL)
+def test_python_decides_about_unusual_tensors(make):
+    with cpu_ops.in_cpp() as counter:
+        with contextlib.suppress(TypeError, ValueError, RuntimeError, AttributeError):
+            fused_act.mish(make())
+        assert (counter.taken, counter.declined) == (0, 1)
+
+
+@pytest.mark.parametrize("context", SURROUNDINGS.values(), ids=SURROUNDINGS)
+def test_python_decides_in_unusual_surroundings(context):
+    x = values()
+    with cpu_ops.in_cpp() as counter:
+        with context(), contextlib.suppress(RuntimeError, TypeError):
+            fused_act.mish(torch.empty(5) if "Fake" in str(context) else x)
+        assert (counter.taken, counter.declined) == (0, 1)
+
+
+def test_what_is_no_bool_or_float_is_pythons(calls):
+    fused_act.mish(torch.randn(5), inplace=1)
+    assert calls.declined == 1
+    fused_act.mish(torch.randn(5))
+    path = cpu_ops.CSRC.paths["swish"]
+    for arguments in ((), (False,), (False, 1), (False, "1"), (False, 1.0, 1.0)):
+        assert path(torch.randn(5), *arguments) is NotImplemented
+
+
+def test_a_default_device_changes_nothing(calls):
+    with torch.device("cpu"):
+        fused_act.mish(torch.randn(5))
+    assert (calls.taken, calls.declined) == (1, 0)
+
+
+@elementwise_rows
+def test_forward_mode(case, calls):
+    """A dual tensor is torch's; so is a gradient that has a tangent, of a graph made before."""
+    x, tangent = values().detach(), torch.randn(3, 5)
+    results = []
+    for function in (case.function, case.torch_function):
+        leaf = x.clone().requires_grad_()
+        y = function(leaf)
+        with forward_ad.dual_level():
+            dual = forward_ad.make_dual(x, tangent)
+            found = [forward_ad.unpack_dual(function(dual)).tangent]
+            ones = forward_ad.make_dual(torch.ones(3, 5), tangent)
+            with contextlib.suppress(NotImplementedError):
+                (grad,) = torch.autograd.grad(y, leaf, ones)
+                found.append(forward_ad.unpack_dual(grad).tangent)
+        results.append(found)
+    assert (calls.taken, calls.declined) == (1, 1)
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+@elementwise_rows
+def test_a_graph_of_before_is_differentiated_in_a_batch(case, calls):
+    x = values(5)
+    y = case.function(x)
+    (jacobian,) = torch.autograd.grad(y, x, torch.eye(5), is_grads_batched=True)
+    assert torch.equal(jacobian, torch.diag(torch.diag(jacobian)))
+
+
+@elementwise_rows
+def test_a_mode_sees_the_op_in_backward(case, calls):
+    class Seen(TorchDispatchMode):
+        names = ()
+
+        def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+            self.names = (*self.names, str(op))
+            return op(*args, **kwargs or {})
+
+    y = case.function(values())
+    with Seen() as seen:
+        y.sum().backward()
+    assert [name for name in seen.names if name.startswith(f"fused_act_cuda.{case.name}_backward")]
+
+
+@elementwise_rows
+@both_ways
+@pytest.mark.usefixtures("way_to_ops")
+def test_threads_share_a_graph(case, way):
+    """Backward, second derivatives and what a node tells, at once: nobody waits for ever."""
+    x = values(64)
+    hooks = graph.saved_tensors_hooks(lambda tensor: tensor.clone(), lambda tensor: tensor * 1)
+    with hooks if case.saves == "x" else contextlib.nullcontext():
+        y = case.function(x)
+    (expected,) = torch.autograd.grad(y.sum(), x, retain_graph=True)
+    errors = []
+
+    def work(create_graph):
+        try:
+            for _ in range(50):
+                options = {"retain_graph": True, "create_graph": create_graph}
+                (found,) = torch.autograd.grad(y.sum(), x, **options)
+                torch.testing.assert_close(found.detach(), expected)
+                assert y.grad_fn.saved_tensors
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=work, args=(i % 2 == 0,), daemon=True) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert not any(thread.is_alive() for thread in threads)
+    assert not errors
+
+
+class Marker:
+    pass
+
+
+@elementwise_rows
+@in_place_or_not
+def test_no_cycle_keeps_a_graph(case, inplace, calls):
+    """With the collector off, what hangs at a node goes with the last reference to the output."""
+    gc.collect()
+    gc.disable()
+    try:
+        for use in ("nothing", "saved tensors", "backward", "create_graph"):
+            x = values(8)
+            y = case.function(x * 1, inplace=inplace)
+            marker = Marker()
+            gone = weakref.ref(marker)
+            y.grad_fn.metadata["marker"] = marker
+            del marker
+            if use == "saved tensors":
+                assert y.grad_fn.saved_tensors
+                assert y.grad_fn._raw_saved_tensors
+            if use == "backward":
+                y.sum().backward()
+            if use == "create_graph":
+                torch.autograd.grad(y.sum(), x, create_graph=True)
+            del y
+            assert gone() is None, use
+    finally:
+        gc.enable()
+
+
+@elementwise_rows
+def test_memory_stays_flat(case, calls):
+    x = values(1 << 10)
+
+    def steps(count):
+        for _ in range(count):
+            y = case.function(case.function(x), inplace=False)
+            torch.autograd.grad((y * case.function(x * 1, inplace=True)).sum(), x)
+
+    steps(500)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    steps(3000)  # three calls each
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 4096  # KiB
+
+
+def test_a_node_keeps_its_backend():
+    x = values()
+    with cpu_ops.in_cpp():
+        y = fused_act.mish(x)
+    expected = torch.autograd.grad(fused_act.mish(x), x, torch.ones(3, 5))[0]
+    with fused_act.use_backend("torch"):
+        assert y.grad_fn.kernels is cpu_ops.CSRC.kernels["mish"]
+        torch.testing.assert_close(torch.autograd.grad(y, x, torch.ones(3, 5))[0], expected)
+
+
+def test_modules_are_copied_and_pickled(calls):
+    model = nn.Sequential(nn.Linear(5, 5), fused_act.Mish(), fused_act.ReLU6(inplace=True))
+    x = torch.randn(3, 5)
+    expected = model(x)
+    stream = io.BytesIO()
+    torch.save(model, stream)
+    stream.seek(0)
+    others = [copy.deepcopy(model), pickle.loads(pickle.dumps(model))]
+    others.append(torch.load(stream, weights_only=False))
+    assert all(torch.equal(other(x), expected) for other in others)
+    assert copy.deepcopy(fused_act.MishFunction.row).name == "mish"
+
+
+def test_the_profiler_names_op_and_node(calls):
+    with torch.profiler.profile() as profile:
+        fused_act.mish(values()).sum().backward()
+    names = {event.name for event in profile.events()}
+    assert {"fused_act_cuda::mish", "fused_act_cuda::mish_backward"} <= names
+    assert "MishFunctionBackward" in names
+
+
+def test_a_long_chain_is_freed(calls):
+    x = values(1)
+    y = x
+    for _ in range(100_000):
+        y = fused_act.relu6(y)
+    del y
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_autocast_leaves_the_dtype(dtype, calls):
+    with torch.autocast("cpu", torch.bfloat16):
+        assert fused_act.mish(values(dtype=dtype)).dtype is dtype
