@@ -22,7 +22,9 @@ TORCHVISION ?= torchvision==0.28.0
 TRITON ?= triton==3.7.1
 # The oldest that is supported: everything compiles with it, too.
 TRITON_OLDEST ?= triton==3.6.0
-CSRC := $(wildcard csrc/*)
+CSRC := $(wildcard csrc/*.* csrc/host/*)
+# In place, for this torch; without nvcc the host extension alone.
+EXTENSIONS := $(VENV)/extensions
 # What takes long and matters most comes first, and the pictures last. The command `instructions` is
 # run by hand: it takes minutes to compile, and says the same everywhere.
 COMPARISONS := speed accuracy compile memory overhead training plot activations
@@ -31,6 +33,9 @@ GPU_COMPARISONS := $(filter-out training,$(COMPARISONS))
 # On as many cores as there are, up to four: each process imports torch and what goes with it.
 PARALLEL := -n auto --maxprocesses 4 --dist worksteal
 TESTS := -m pytest $(PARALLEL) --durations 10
+# Once more without the host extension: what depends on how a call gets to the kernels.
+IN_PYTHON := --without-host-extension $(addprefix tests/test_,$(addsuffix .py,autograd compile \
+	compiled_derivatives concurrency distributed export faults kernels rematerialization))
 
 .PHONY: demo check test test-all mutate gpu sanitize lint types bench clean smoke smoke-interpreted
 
@@ -47,30 +52,32 @@ check: $(VENV)/test
 smoke smoke-interpreted: $(VENV)/test
 	TRITON_INTERPRET=$(if $(findstring -,$@),1,0) $(RUN) -m pytest -q -m smoke
 
-test: $(VENV)/test fused_act/_C.abi3.so
+test: $(VENV)/test $(EXTENSIONS)
 	@status=0; \
 	$(MAKE) --no-print-directory lint types || status=1; \
 	$(RUN) $(TESTS) -m "not full" || status=1; \
 	TRITON_INTERPRET=1 $(RUN) $(TESTS) -m "not full" || status=1; \
+	TRITON_INTERPRET=1 $(RUN) $(TESTS) -m "not full" $(IN_PYTHON) || status=1; \
 	if [ $$status = 0 ]; then echo "make test: every row on every path passed"; \
 	else echo "make test: FAILED, see above"; fi; exit $$status
 
-test-all: $(VENV)/test $(VENV)/triton-oldest $(TIMM_VENV)/test fused_act/_C.abi3.so
+test-all: $(VENV)/test $(VENV)/triton-oldest $(TIMM_VENV)/test $(EXTENSIONS)
 	@status=0; \
 	$(RUN) $(TESTS) -m full || status=1; \
 	TRITON_INTERPRET=1 $(RUN) $(TESTS) -m full || status=1; \
+	TRITON_INTERPRET=1 $(RUN) $(TESTS) -m full $(IN_PYTHON) || status=1; \
 	PYTHONPATH=$(VENV)/triton-oldest $(RUN) -m pytest tests/test_machine_code.py -k compiles || status=1; \
 	$(RUN_TIMM) -m pytest -m timm tests || status=1; \
 	if [ $$status = 0 ]; then echo "make test-all: all that make test leaves out passed"; \
 	else echo "make test-all: FAILED, see above"; fi; exit $$status
 
-mutate: $(VENV)/test fused_act/_C.abi3.so
+mutate: $(VENV)/test $(EXTENSIONS)
 	$(RUN) -m tests.mutations
 
 lint: $(VENV)/test
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
-	$(VENV)/bin/clang-format --dry-run --Werror csrc/* tests/shared/host/*
+	$(VENV)/bin/clang-format --dry-run --Werror $(CSRC) tests/shared/host/* tests/shared/cpu/*
 
 types: $(VENV)/test
 	$(RUN) -m mypy
@@ -107,7 +114,10 @@ sanitize:
 	@echo "make sanitize: memcheck, racecheck and initcheck found nothing"
 
 clean:
-	rm -rf $(VENV) $(TIMM_VENV) build dist *.egg-info fused_act/_C*.so
+	rm -rf $(VENV) $(TIMM_VENV) build dist *.egg-info fused_act/_C*.so fused_act/_host_*.so
+
+# An editable install of the sources alone; the extensions are built in place, where they are needed.
+PURE := FUSED_ACT_BUILD_CUDA=0 FUSED_ACT_BUILD_HOST=0
 
 # One stamp for each set of packages, so that a second run installs nothing.
 $(VENV)/torch:
@@ -116,7 +126,7 @@ $(VENV)/torch:
 	@touch $@
 
 $(VENV)/demo: $(VENV)/torch pyproject.toml
-	FUSED_ACT_BUILD_CUDA=0 $(RUN) -m pip install -q --no-build-isolation -e ".[bench]"
+	$(PURE) $(RUN) -m pip install -q --no-build-isolation -e ".[bench]"
 	@# Where a GPU is, its kernels take part.
 	@if nvidia-smi >/dev/null 2>&1; then \
 		$(RUN) -m pip install -q "triton>=3.6" && $(RUN) setup.py -q build_ext --inplace; fi
@@ -124,7 +134,7 @@ $(VENV)/demo: $(VENV)/torch pyproject.toml
 
 $(VENV)/test: $(VENV)/torch pyproject.toml
 	$(RUN) -m pip install -q "$(TRITON)"
-	FUSED_ACT_BUILD_CUDA=0 $(RUN) -m pip install -q --no-build-isolation -e ".[test,lint,export,zoo,bench]"
+	$(PURE) $(RUN) -m pip install -q --no-build-isolation -e ".[test,lint,export,zoo,bench]"
 	@touch $@
 
 # Beside the other, to be found first where PYTHONPATH says so.
@@ -140,6 +150,7 @@ $(TIMM_VENV)/test:
 	$(RUN_TIMM) -m pip install -q timm numpy pytest
 	@touch $@
 
-# Without nvcc this makes no file, says so, and the tests of the extension skip.
-fused_act/_C.abi3.so: $(CSRC) setup.py | $(VENV)/test
+# Without nvcc and without a C++ compiler this says what it leaves out, and their tests skip.
+$(EXTENSIONS): $(CSRC) setup.py | $(VENV)/test
 	$(RUN) setup.py -q build_ext --inplace
+	@touch $@

@@ -1,14 +1,18 @@
-"""What a call costs on the host beside torch's own, in microseconds, for 16 elements on a CPU.
+"""What a call costs on the host beside torch's own op, in microseconds.
 
     python -m benchmarks overhead [--rounds 31]
 
+- host extension, python: 16 elements where a kernel runs, called in C++ and in Python. Without a
+  GPU the kernel is torch's own, so that only the way to it differs; with `, ops.cu` it is an op of
+  csrc/ with everything but the GPU, its math included. With a GPU it is that of each backend.
 - fallback: functions and modules where no kernel runs, beside `torch.nn.functional` and `torch.nn`.
 - compiled: the same under `torch.compile`, which checks at each call that no backend was forced.
-- kernels: all of a call but the kernel. A stub, forced, stands in for a backend: its kernels
-  allocate what real ones return and compute nothing. Beside it stand such a kernel alone and, where
-  x requires grad, the shortest `torch.autograd.Function` that calls it, saves as much and returns
-  as much: that is autograd's own price.
 - import: what `python -X importtime` says of `import torch, fused_act`.
+
+All of a table take turns on one thread. `us` and `reference_us` are medians and `least_us` and
+`reference_least_us` the least; `added_us` is the median of what ours took more in the same round.
+Of 8 activations in a row, and of 35 blocks of convolution, normalization and activation, it is the
+time of one activation; that of a block is what its network takes more than one with an identity.
 """
 
 from __future__ import annotations
@@ -22,6 +26,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -29,103 +34,205 @@ from torch import Tensor, nn
 
 import fused_act
 from benchmarks import environment, options, timing
-from benchmarks.providers import FEATURED
-from fused_act import dispatch
-from fused_act.dispatch import Backend, Kernels
-from fused_act.families.elementwise import Elementwise
+from fused_act import dispatch, host
+from fused_act.dispatch import Backend
+from tests.shared import compiling, cpu_ops
 
 NUMEL = 16
 SECONDS = 0.002  # of one turn
+DEVICE = environment.default_device()
 
-PUBLIC = (
+FUNCTIONS = (
     ("mish", fused_act.mish, "F.mish", F.mish),
     ("silu", fused_act.silu, "F.silu", F.silu),
     ("relu6", fused_act.relu6, "F.relu6", F.relu6),
+)
+MODULES = (
     ("Mish()", fused_act.Mish(), "nn.Mish()", nn.Mish()),
     ("SiLU()", fused_act.SiLU(), "nn.SiLU()", nn.SiLU()),
     ("ReLU6()", fused_act.ReLU6(), "nn.ReLU6()", nn.ReLU6()),
 )
+IN_PLACE = tuple(
+    (f"{name}, in place", partial(ours, inplace=True), reference, partial(theirs, inplace=True))
+    for name, ours, reference, theirs in FUNCTIONS
+)
+
+Activation = Callable[[Tensor], Tensor]
 
 
-def stub_kernels(activation: Elementwise) -> Kernels:
-    def forward(x, *parameters):
-        return torch.empty_like(x)
+def no_grad(activation: Activation) -> Callable:
+    return partial(activation, torch.randn(NUMEL, device=DEVICE))
 
-    def forward_with_mask(x, *parameters):
-        return torch.empty_like(x), torch.empty(NUMEL // 8, dtype=torch.uint8)
 
-    with_mask = forward_with_mask if activation.saves == "mask" else None
-    return activation.eager._replace(forward=forward, forward_with_mask=with_mask)
+def under_default_device(activation: Activation) -> Callable:
+    x = torch.randn(NUMEL, device=DEVICE)
+
+    def run():
+        with torch.device("cpu"):
+            for _ in range(UNDER_DEFAULT_DEVICE):
+                activation(x)
+
+    return run
+
+
+def forward(activation: Activation) -> Callable:
+    return partial(activation, torch.randn(NUMEL, device=DEVICE, requires_grad=True))
+
+
+def forward_and_backward(activation: Activation) -> Callable:
+    return in_a_row(activation, count=1)
+
+
+def in_a_row(activation: Activation, count: int = 8) -> Callable:
+    x = torch.randn(NUMEL, device=DEVICE, requires_grad=True)
+    grad_output = torch.randn(NUMEL, device=DEVICE)
+    is_inplace = isinstance(activation, partial)
+
+    def run():
+        y = x * 1 if is_inplace else x
+        for _ in range(count):
+            y = activation(y)
+        torch.autograd.grad(y, x, grad_output)
+
+    return run
+
+
+def network(activation: Activation) -> Callable:
+    class Layer(nn.Module):
+        def forward(self, x):
+            return activation(x)
+
+    torch.manual_seed(0)
+    layers = (
+        layer
+        for _ in range(BLOCKS)
+        for layer in (nn.Conv2d(8, 8, 1, bias=False), nn.BatchNorm2d(8), Layer())
+    )
+    model = nn.Sequential(*layers).to(DEVICE)
+    x = torch.randn(1, 8, 2, 2, device=DEVICE)
+    return lambda: model(x).sum().backward()
+
+
+UNDER_DEFAULT_DEVICE, BLOCKS = 20, 35
+
+
+class Direction(NamedTuple):
+    """What is timed: `prepare(activation)` makes a run of so many `calls`, of functions."""
+
+    prepare: Callable[[Activation], Callable]
+    functions: tuple
+    calls: int = 1
+    seconds: float = SECONDS
+    beside_identity: bool = False  # the run has more in it than calls
+
+
+DIRECTIONS = {
+    "no grad": Direction(no_grad, FUNCTIONS),
+    "no grad, default device": Direction(under_default_device, FUNCTIONS, UNDER_DEFAULT_DEVICE),
+    "forward": Direction(forward, FUNCTIONS),
+    "forward and backward": Direction(forward_and_backward, FUNCTIONS, 1, 2 * SECONDS),
+    "8 in a row": Direction(in_a_row, (*FUNCTIONS, *IN_PLACE), 8, 4 * SECONDS),
+    "35 blocks": Direction(network, (*FUNCTIONS, *IN_PLACE), BLOCKS, 0.02, True),
+}
+
+
+def ways() -> dict[str, Callable[[], contextlib.AbstractContextManager]]:
+    """What is to be entered for each path, where it can run here."""
+    backends = {}
+    if DEVICE.type == "cuda":
+        names = [name for name in dispatch.available_backends() if name != "torch"]
+        backends = {f", {name}": dispatch.BACKENDS[name].ready() for name in names}
+    elif compiling.COMPILER is None:
+        print("no C++ compiler: nothing is measured where a kernel runs", file=sys.stderr)
+    else:
+        backends = {"": cpu_ops.TORCH_KERNELS, ", ops.cu": cpu_ops.CSRC}
+    found = {}
+    if isinstance(host.extension(), str):
+        print(f"python alone is measured: {host.extension()}", file=sys.stderr)
+    else:
+        found = {f"host extension{name}": partial(within, each) for name, each in backends.items()}
+    return found | {f"python{name}": partial(in_python, each) for name, each in backends.items()}
 
 
 @contextlib.contextmanager
-def forced_stub() -> Iterator[dict[str, Kernels]]:
-    """Force the stub for as long as this is entered; gives its kernels."""
-    kernels = {activation.name: stub_kernels(activation) for activation in FEATURED}
-    previous = dispatch.forced
-    dispatch.forced = Backend("stub", lambda: None, lambda: kernels, ("cpu",)).ready()
-    try:
-        yield kernels
-    finally:
-        dispatch.forced = previous
+def within(backend: Backend) -> Iterator[None]:
+    if backend.name in dispatch.BACKENDS:
+        with fused_act.use_backend(backend.name):
+            yield
+    else:
+        with cpu_ops.forced(backend):
+            yield
 
 
-def shortest_function(kernels: Kernels) -> Callable[[Tensor], object]:
-    """The `apply` of a Function that does for autograd what ours must, and nothing else."""
-
-    def forward(ctx, x):
-        if kernels.forward_with_mask is None:
-            ctx.save_for_backward(x)
-            return kernels.forward(x)
-        y, mask = kernels.forward_with_mask(x)
-        anchor = y.new_empty(0)
-        ctx.save_for_backward(mask, anchor)
-        return y, anchor
-
-    methods = {"forward": staticmethod(forward)}
-    return type("Shortest", (torch.autograd.Function,), methods).apply
+@contextlib.contextmanager
+def in_python(backend: Backend) -> Iterator[None]:
+    with within(backend), cpu_ops.python_way(backend):
+        yield
 
 
-def row(path: str, call: str, grad: bool, ours: float, reference: str, theirs: float) -> dict:
+def turn_in(way: Callable[[], contextlib.AbstractContextManager], call, seconds) -> timing.Turn:
+    """Turns that run within `way`."""
+    with way():
+        turn = timing.cpu_turn(call, seconds)
+
+    def run():
+        with way():
+            return turn()
+
+    return run
+
+
+def in_turn(turns: list[timing.Turn], rounds: int) -> list[list[float]]:
+    """The seconds of each, round by round."""
+    times = [[] for _ in turns]
+
+    def take(turn, seconds):
+        seconds.extend(turn())
+
+    timing.in_rounds([partial(take, *each) for each in zip(turns, times)], rounds)
+    return times
+
+
+def row(path: str, call: str, direction: str, reference: str, ours: list, theirs: list) -> dict:
+    """Of the seconds that each took in each round."""
     return {
         "path": path,
         "call": call,
-        "requires_grad": grad,
-        "us": 1e6 * ours,
+        "direction": direction,
+        "us": 1e6 * statistics.median(ours),
         "reference": reference,
-        "reference_us": 1e6 * theirs,
-        "added_us": 1e6 * (ours - theirs),
+        "reference_us": 1e6 * statistics.median(theirs),
+        "added_us": 1e6 * statistics.median(a - b for a, b in zip(ours, theirs)),
+        "least_us": 1e6 * min(ours),
+        "reference_least_us": 1e6 * min(theirs),
     }
 
 
-def public_rows(path: str, prepare: Callable[[Callable], Callable], rounds: int) -> Iterator[dict]:
-    for (call, ours, reference, theirs), grad in itertools.product(PUBLIC, (False, True)):
-        torch.compiler.reset()  # compiled code shares one cache, which is limited
-        x = torch.randn(NUMEL, requires_grad=grad)
-        calls = {call: partial(prepare(ours), x), reference: partial(prepare(theirs), x)}
-        times = timing.interleaved(calls, rounds, SECONDS)
-        yield row(path, call, grad, times[call], reference, times[reference])
-
-
 def kernel_rows(rounds: int) -> Iterator[dict]:
-    with forced_stub() as kernels:
-        for activation in FEATURED:
-            ours, stub = getattr(fused_act, activation.name), kernels[activation.name]
-            inference, training = torch.randn(NUMEL), torch.randn(NUMEL, requires_grad=True)
-            calls = {
-                "inference": partial(ours, inference),
-                "kernel": partial(stub.forward, inference),
-                "training": partial(ours, training),
-                "training kernel": partial(stub.forward_with_mask or stub.forward, inference),
-                "Function": partial(shortest_function(stub), training),
+    found = ways()
+    for name, (prepare, functions, calls, seconds, beside_identity) in DIRECTIONS.items():
+        for call, ours, reference, theirs in functions if found else ():
+            torchs = {"torch": contextlib.nullcontext}
+            turns = {
+                path: turn_in(way, prepare(theirs if path == "torch" else ours), seconds)
+                for path, way in (torchs | found).items()
             }
-            times = timing.interleaved(calls, rounds, SECONDS)
-            for call, grad, reference, theirs in (
-                ("inference", False, "the kernel alone", "kernel"),
-                ("training", True, "the kernel alone", "training kernel"),
-                ("training", True, "the shortest Function", "Function"),
-            ):
-                yield row("kernels", activation.name, grad, times[call], reference, times[theirs])
+            if beside_identity:
+                turns["identity"] = timing.cpu_turn(prepare(lambda x: x), seconds)
+            times = dict(zip(turns, in_turn(list(turns.values()), rounds)))
+            nothing = times.get("identity", [0.0] * rounds)
+            each = {path: [(a - b) / calls for a, b in zip(times[path], nothing)] for path in turns}
+            for path in found:
+                yield row(path, call, name, reference, each[path], each["torch"])
+
+
+def public_rows(path: str, prepare: Callable[[Callable], Callable], rounds: int) -> Iterator[dict]:
+    for direction, grad in (("no grad", False), ("forward", True)):
+        for call, ours, reference, theirs in (*FUNCTIONS, *MODULES):
+            torch.compiler.reset()  # compiled code shares one cache, which is limited
+            x = torch.randn(NUMEL, requires_grad=grad)
+            turns = [timing.cpu_turn(partial(prepare(f), x), SECONDS) for f in (ours, theirs)]
+            yield row(path, call, direction, reference, *in_turn(turns, rounds))
 
 
 def import_rows(runs: int = 5) -> Iterator[dict]:
@@ -136,21 +243,36 @@ def import_rows(runs: int = 5) -> Iterator[dict]:
         for name, seconds in found.items():
             (cumulative,) = re.findall(rf"(\d+) \| {name}$", report, re.MULTILINE)
             seconds.append(1e-6 * int(cumulative))
-    torchs, ours = (statistics.median(seconds) for seconds in found.values())
-    yield row("import", "import torch, fused_act", False, torchs + ours, "import torch", torchs)
+    together = [a + b for a, b in zip(found["torch"], found["fused_act"])]
+    yield row("import", "import torch, fused_act", "", "import torch", together, found["torch"])
+    yield from extension_rows(runs)
+
+
+def extension_rows(runs: int) -> Iterator[dict]:
+    """What loading the host extension takes, which the first use of a backend does."""
+    code = (
+        "import time, torch, fused_act; from fused_act import host; start = time.perf_counter(); "
+        "host.extension(); print(time.perf_counter() - start)"
+    )
+    command = [sys.executable, "-c", code]
+    run = partial(subprocess.run, check=True, capture_output=True, text=True)
+    seconds = [float(run(command).stdout) for _ in range(runs)]
+    yield row("import", "the host extension", "", "nothing", seconds, [0.0] * runs)
 
 
 def print_results(rows: list[dict]) -> None:
-    header = ("", "x requires grad", "us", "beside", "us", "added")
+    header = ("", "direction", "us", "beside", "us", "added", "least", "beside")
     for path in dict.fromkeys(found["path"] for found in rows):
         lines = [
             (
                 found["call"],
-                "yes" if found["requires_grad"] else "no",
+                found["direction"],
                 f"{found['us']:.2f}",
                 found["reference"],
                 f"{found['reference_us']:.2f}",
                 f"{found['added_us']:+.2f}",
+                f"{found['least_us']:.2f}",
+                f"{found['reference_least_us']:.2f}",
             )
             for found in rows
             if found["path"] == path
@@ -165,13 +287,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(arguments: argparse.Namespace) -> list[dict]:
     environment.print_environment()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     compiled = partial(torch.compile, fullgraph=True, dynamic=False)
     found = itertools.chain(
-        public_rows("fallback", lambda call: call, arguments.rounds),
         kernel_rows(arguments.rounds),
+        public_rows("fallback", lambda call: call, arguments.rounds),
         public_rows("compiled", compiled, arguments.rounds),
         import_rows(),
     )
-    rows = environment.write_csv(arguments.results / "overhead.csv", found)
+    try:
+        rows = environment.write_csv(arguments.results / "overhead.csv", found)
+    finally:
+        torch.set_num_threads(threads)
     print_results(rows)
     return rows

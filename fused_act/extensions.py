@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 import struct
+from importlib.machinery import EXTENSION_SUFFIXES
 from pathlib import Path
 
 import torch
@@ -28,11 +29,20 @@ def host_name() -> str | None:
     return f"_host_torch_{version}_{commit[:12]}{kind}"
 
 
-def built_for() -> list[str]:
-    """The versions of torch whose host extensions are here: ["2.11.0"]."""
-    names = (path.name for path in FOLDER.glob("_host_torch_*.so"))
-    found = (re.match(r"_host_torch_(\w+)_[0-9a-f]{12}", name) for name in names)
-    return sorted({match[1].replace("_", ".") for match in found if match})
+def host_path(name: str) -> Path | None:
+    """The file of the host extension for this Python, or None. Python's finders may look elsewhere.
+
+    An editable install has one that finds in its own folder what a copy of the package lacks.
+    """
+    paths = (FOLDER / f"{name}{suffix}" for suffix in EXTENSION_SUFFIXES)
+    return next((path for path in paths if path.exists()), None)
+
+
+def built_hosts() -> dict[str, str]:
+    """The host extensions that are here, for whatever torch and Python: name to torch's version."""
+    names = (path.name.partition(".")[0] for path in FOLDER.glob("_host_torch_*.so"))
+    versions = {name: re.match(r"_host_torch_(\w+)_[0-9a-f]{12}", name) for name in names}
+    return {name: found[1].replace("_", ".") for name, found in versions.items() if found}
 
 
 def left_out(extension: str) -> str | None:

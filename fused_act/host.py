@@ -8,10 +8,9 @@ back to Python. It is built for one torch alone; without it Python does everythi
 from __future__ import annotations
 
 import functools
-import importlib
-import importlib.util
 from collections.abc import Callable
-from pathlib import Path
+from importlib.machinery import ExtensionFileLoader, ModuleSpec
+from importlib.util import module_from_spec
 from types import ModuleType
 from typing import Any
 
@@ -33,19 +32,24 @@ def extension() -> ModuleType | str:
     name = extensions.host_name()
     if name is None:
         return "this torch does not tell its commit, so there is no extension for it alone"
-    found = importlib.util.find_spec(f"fused_act.{name}")
-    if found is None or found.origin is None:
-        others = extensions.built_for()
+    path = extensions.host_path(name)
+    if path is None:
+        others = extensions.built_hosts()
+        if name in others:
+            return f"built for another Python than this; {REBUILD}"
         if others:
-            return f"built for torch {', '.join(others)}, this is {torch.__version__}; {REBUILD}"
+            versions = ", ".join(sorted(others.values()))
+            return f"built for torch {versions}, this is torch {torch.__version__}; {REBUILD}"
         reason = extensions.left_out("host")
         if reason is not None:
             return f"the build left the host extension out: {reason}; {REBUILD}"
         return f"this install has no host extension; {REBUILD}"
-    if extensions.is_truncated(Path(found.origin)):
+    if extensions.is_truncated(path):
         return f"the host extension is truncated; {REBUILD}"
+    loader = ExtensionFileLoader(f"fused_act.{name}", str(path))
     try:
-        module = importlib.import_module(f"fused_act.{name}")
+        module = module_from_spec(ModuleSpec(loader.name, loader, origin=str(path)))
+        loader.exec_module(module)
     except ImportError as error:
         return f"the host extension does not load ({error}); {REBUILD}"
     Node.register(module.Node)

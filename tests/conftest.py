@@ -19,7 +19,7 @@ import torch
 
 import fused_act
 from benchmarks import environment
-from fused_act import dispatch
+from fused_act import dispatch, host
 from fused_act.backends import triton
 from tests.shared import accuracy, compiling, cpu_ops, host_kernels
 from tests.shared.cases import INTERPRET, ON_HOST
@@ -35,6 +35,19 @@ MISSING = {
 LEFT_OUT: collections.Counter[str] = collections.Counter()
 # A row goes together with the way to compute it: `make test` runs each pair of them.
 PAIRED = ("case", "row", "variant", "backend", "way", "inplace")
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--without-host-extension",
+        action="store_true",
+        help="let Python do what the host extension does, as where it is not built",
+    )
+
+
+def pytest_configure(config):
+    if config.option.without_host_extension:
+        host.extension = lambda: "left out by --without-host-extension"
 
 
 def pytest_ignore_collect(collection_path, config):
@@ -106,8 +119,10 @@ def is_featured(item) -> bool:
 
 
 def pytest_report_header():
-    """Which Triton runs: `make test-all` takes two."""
-    return f"torch {torch.__version__}, triton {triton.version()}"
+    """Which Triton runs, of which `make test-all` takes two, and what the host path is."""
+    extension = host.extension()
+    path = f"Python ({extension})" if isinstance(extension, str) else "C++"
+    return f"torch {torch.__version__}, triton {triton.version()}, host path: {path}"
 
 
 def pytest_sessionfinish(session):
@@ -250,6 +265,6 @@ def host_of():
         return made[-1]
 
     yield make
-    for host in made:
-        if hasattr(host.library, "set_errors"):
-            host.library.set_errors(0, 0)
+    for each in made:
+        if hasattr(each.library, "set_errors"):
+            each.library.set_errors(0, 0)

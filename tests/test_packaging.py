@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tarfile
 import venv
 import zipfile
@@ -13,6 +14,8 @@ import pytest
 import torch
 
 import fused_act
+from fused_act import extensions
+from tests.shared import compiling
 
 ROOT = Path(__file__).parent.parent
 NVCC = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
@@ -40,7 +43,8 @@ def pip_wheel(tmp_path, **environment):
     command = [sys.executable, "-m", "pip", "wheel", "-v", "--no-deps", "--no-build-isolation"]
     result = subprocess.run(
         [*command, "-w", str(tmp_path), str(source)],
-        env={"PATH": "/usr/bin:/bin", "HOME": str(tmp_path)} | environment,
+        env={"PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "FUSED_ACT_BUILD_HOST": "0"}
+        | environment,
         capture_output=True,
         text=True,
         check=False,
@@ -75,10 +79,27 @@ def test_build_without_nvcc_says_what_it_left_out(tmp_path):
     assert "was demanded but nvcc is neither" in demanded.stdout + demanded.stderr
 
 
-def test_wrong_build_setting_is_named(tmp_path):
-    result, _ = pip_wheel(tmp_path, FUSED_ACT_BUILD_CUDA="yes")
+@pytest.mark.parametrize("variable", ["FUSED_ACT_BUILD_CUDA", "FUSED_ACT_BUILD_HOST"])
+def test_wrong_build_setting_is_named(tmp_path, variable):
+    result, _ = pip_wheel(tmp_path, **{variable: "yes"})
     assert result.returncode != 0
-    assert "expected 0, 1 or auto, got 'yes'" in result.stdout + result.stderr
+    assert f"{variable}: expected 0, 1 or auto, got 'yes'" in result.stdout + result.stderr
+
+
+@pytest.mark.parametrize(
+    ("compiler", "reason"),
+    [("/nowhere/c++", "there is no C++ compiler"), ("false", "it does not compile for torch")],
+)
+def test_build_without_the_host_extension_says_why(tmp_path, compiler, reason):
+    settings = {"FUSED_ACT_BUILD_CUDA": "0", "CXX": compiler}
+    result, wheel = pip_wheel(tmp_path, **settings, FUSED_ACT_BUILD_HOST="auto")
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert f"building without the host extension: {reason}" in result.stdout
+    with zipfile.ZipFile(wheel) as archive:
+        assert archive.read("fused_act/left_out_host.txt").decode().startswith(reason)
+        assert not [name for name in archive.namelist() if name.endswith(".so")]
+    demanded, _ = pip_wheel(tmp_path / "again", **settings, FUSED_ACT_BUILD_HOST="1")
+    assert demanded.returncode != 0
 
 
 def test_isolated_build(tmp_path):
@@ -90,12 +111,14 @@ def test_isolated_build(tmp_path):
     said = run(sys.executable, "-m", "build", "-o", tmp_path, copy_of_sources(tmp_path))
     reason = "torch cannot be imported" if NVCC else "nvcc is neither"
     assert f"building without the CUDA extension: {reason}" in said
+    assert "building without the host extension: torch cannot be imported" in said
     (wheel,) = tmp_path.glob("fused_act-*.whl")
     assert wheel.name == f"fused_act-{fused_act.__version__}-py3-none-any.whl"
-    note = "fused_act/left_out.txt"
     with zipfile.ZipFile(wheel) as archive:
-        assert (note in archive.namelist()) is (NVCC is not None)
-        assert not NVCC or archive.read(note).decode() == "torch cannot be imported by the build"
+        for kind in ("cuda", "host"):
+            note, noted = f"fused_act/left_out_{kind}.txt", kind == "host" or NVCC is not None
+            assert (note in archive.namelist()) is noted
+            assert not noted or archive.read(note) == b"torch cannot be imported by the build"
     with tarfile.open(tmp_path / f"fused_act-{fused_act.__version__}.tar.gz") as sdist:
         names = {name.partition("/")[2] for name in sdist.getnames()}
     assert names >= {
@@ -103,6 +126,7 @@ def test_isolated_build(tmp_path):
         *(
             "csrc/register.cu",
             "csrc/math.cuh",
+            "csrc/host/module.cpp",
             "csrc/tensors.h",
             "fused_act/py.typed",
             "fused_act/families/base.py",
@@ -115,7 +139,7 @@ def test_isolated_build(tmp_path):
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
-    """The wheel that this machine makes: with the extension where nvcc is."""
+    """The wheel that this machine makes: with the extensions whose compilers are here."""
     pytest.importorskip("build", reason="needs build")
     folder = tmp_path_factory.mktemp("wheel")
     command = (sys.executable, "-m", "build", "--wheel", "--no-isolation", "-o", folder)
@@ -127,10 +151,27 @@ def wheel(tmp_path_factory):
 
 
 @pytest.mark.skipif(NVCC is None, reason="needs nvcc")
-def test_build_where_nvcc_is(wheel):
-    """One wheel for every Python from 3.10 on."""
+def test_build_where_nvcc_is(tmp_path):
+    """One wheel for every Python from 3.10 on, and for every torch."""
+    settings = {"FUSED_ACT_BUILD_CUDA": "1", "TORCH_CUDA_ARCH_LIST": "9.0"}
+    _, wheel = pip_wheel(tmp_path, **settings, PATH=os.environ["PATH"])
     assert wheel.name.startswith(f"fused_act-{fused_act.__version__}-cp310-abi3-linux_")
-    assert "fused_act/_C.abi3.so" in zipfile.ZipFile(wheel).namelist()
+    assert extensions_in(wheel) == ["fused_act/_C.abi3.so"]
+
+
+@pytest.mark.skipif(compiling.COMPILER is None, reason="needs a C++ compiler")
+def test_build_where_a_compiler_is(wheel):
+    """For this Python alone, and with a name that another torch does not look for."""
+    python = f"cp{sys.version_info.major}{sys.version_info.minor}"
+    assert wheel.name.startswith(f"fused_act-{fused_act.__version__}-{python}-{python}-linux_")
+    suffix = sysconfig.get_config_var("EXT_SUFFIX")
+    cuda = ["fused_act/_C.abi3.so"] if NVCC else []
+    assert extensions_in(wheel) == [*cuda, f"fused_act/{extensions.host_name()}{suffix}"]
+
+
+def extensions_in(wheel) -> list[str]:
+    names = zipfile.ZipFile(wheel).namelist()
+    return sorted(name for name in names if name.endswith((".so", ".txt")) and "info" not in name)
 
 
 @pytest.fixture(scope="module")
@@ -162,9 +203,10 @@ def test_installed_with_torch_alone(wheel, clean_python, tmp_path):
     run(clean_python, "-I", "-W", "ignore:Failed to initialize NumPy", "-c", USE, cwd=tmp_path)
     run(clean_python, "-m", "pip", "check")
     report = run(clean_python, "-I", "-m", "fused_act", cwd=tmp_path)
-    lacks = (
-        "torch sees no CUDA GPU" if "abi3" in wheel.name else "this install has no CUDA extension"
-    )
+    has_cuda = "fused_act/_C.abi3.so" in extensions_in(wheel)
+    lacks = "torch sees no CUDA GPU" if has_cuda else "this install has no CUDA extension"
+    path = "Python" if compiling.COMPILER is None else "C++"
+    assert f"host path  {path}" in report
     assert f"cuda     not available: {lacks}" in report
     assert "triton   not available: triton is not installed" in report
 

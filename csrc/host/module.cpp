@@ -18,8 +18,7 @@ namespace autograd = torch::autograd;
 namespace py = pybind11;
 
 struct Path {
-  PyObject_HEAD
-  vectorcallfunc call;
+  PyObject_HEAD vectorcallfunc call;
   const Entry* entry;
 };
 
@@ -47,8 +46,7 @@ PyObject* call_path(PyObject* self, PyObject* const* args, size_t flagged_count,
   Tensor y;
   {
     const py::gil_scoped_release no_gil;
-    y = needs_grad ? record(entry, x, inplace, parameters)
-                   : compute(entry, x, inplace, parameters);
+    y = needs_grad ? record(entry, x, inplace, parameters) : compute(entry, x, inplace, parameters);
   }
   return inplace ? Py_NewRef(args[0]) : THPVariable_Wrap(std::move(y));
   END_HANDLE_TH_ERRORS
@@ -68,8 +66,8 @@ Recording recording_of(const py::tuple& fields) {
 
 // The keys of a plain tensor of a device, and of one that was made in inference mode.
 void add_keys(std::vector<c10::DispatchKeySet>& keys, const std::string& device_type) {
-  const auto key = c10::computeDispatchKey(std::nullopt, std::nullopt,
-                                           c10::Device(device_type).type());
+  const auto key =
+      c10::computeDispatchKey(std::nullopt, std::nullopt, c10::Device(device_type).type());
   const auto component = c10::toBackendComponent(key);
   const auto inference =
       c10::DispatchKeySet(key) | c10::getAutocastRelatedKeySetFromBackend(component);
@@ -84,8 +82,8 @@ PyObject* make_path(PyTypeObject* type, PyObject* args, PyObject*) {
   const auto arguments = py::reinterpret_borrow<py::tuple>(args);
   Entry entry{};
   for (const auto& [field, found] : arguments[1].cast<py::dict>()) {
-    const auto place = std::find(std::begin(kFieldNames), std::end(kFieldNames),
-                                 field.cast<std::string>());
+    const auto place =
+        std::find(std::begin(kFieldNames), std::end(kFieldNames), field.cast<std::string>());
     const auto name = found.cast<std::pair<std::string, std::string>>();
     entry.ops.at(place - std::begin(kFieldNames)) =
         c10::Dispatcher::singleton().findSchemaOrThrow(name.first.c_str(), name.second.c_str());

@@ -1,4 +1,5 @@
-// The node of the autograd graph: what the Python Function's node does, without Python and its lock.
+// The node of the autograd graph: what the Python Function's node does, without Python and its
+// lock.
 #pragma once
 
 #include <ATen/core/LegacyTypeDispatch.h>
@@ -75,8 +76,8 @@ struct ActivationNode final : Node {
     const pybind11::gil_scoped_acquire gil;
     THPObjectPtr self(torch::autograd::functionToPyObject(getptr()));
     THPObjectPtr argument(THPVariable_Wrap(grad));
-    THPObjectPtr result(PyObject_CallFunctionObjArgs(
-        recording().formula, self.get(), argument.get(), nullptr));
+    THPObjectPtr result(
+        PyObject_CallFunctionObjArgs(recording().formula, self.get(), argument.get(), nullptr));
     if (!result) {
       python_error error;
       error.persist();
@@ -113,8 +114,8 @@ struct ActivationNode final : Node {
       const pybind11::gil_scoped_acquire gil;
       auto& self = const_cast<ActivationNode&>(*this);
       THPObjectPtr node(torch::autograd::functionToPyObject(self.getptr()));
-      const auto method = pybind11::reinterpret_steal<pybind11::object>(
-          PyCFunction_New(&hook_method, node.get()));
+      const auto method =
+          pybind11::reinterpret_steal<pybind11::object>(PyCFunction_New(&hook_method, node.get()));
       auto hook = pybind11::module_::import("torch.compiler").attr("disable")(method);
       args.add_pre_hook(c10::SafePyObject(hook.release().ptr(), getPyInterpreter()));
       return;

@@ -40,17 +40,13 @@ enum Field {
   kFieldCount,
 };
 constexpr const char* kFieldNames[kFieldCount] = {
-    "forward",
-    "forward_out",
-    "backward",
-    "backward_from_output",
-    "forward_with_mask",
-    "forward_with_mask_out",
+    "forward",           "forward_out",           "backward", "backward_from_output",
+    "forward_with_mask", "forward_with_mask_out",
 };
 
 // How a call is recorded for autograd. The Python objects are never freed, as the table is not.
 struct Recording {
-  std::string node;    // the name of its nodes
+  std::string node;  // the name of its nodes
   Saves saves;
   PyObject* function;  // the autograd Function of Python whose place its nodes take
   PyObject* formula;   // formula(node, grad_output) -> grad_input, which can be differentiated

@@ -119,7 +119,7 @@ class Install:
         shutil.copytree(
             Path(fused_act.__file__).parent,
             root / "fused_act",
-            ignore=shutil.ignore_patterns("_C.*", "__pycache__"),
+            ignore=shutil.ignore_patterns("_C.*", "_host_*", "__pycache__"),
         )
 
     def report(self):
@@ -159,7 +159,7 @@ def old_triton(install):
 
 
 def isolated_build(install):
-    (install.root / "fused_act" / "left_out.txt").write_text(NO_TORCH)
+    (install.root / "fused_act" / "left_out_cuda.txt").write_text(NO_TORCH)
 
 
 def other_abi(install):

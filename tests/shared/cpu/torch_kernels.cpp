@@ -22,17 +22,15 @@ TORCH_LIBRARY(fused_act_torch, library) {
               [](const Tensor& x, double) { return at::silu(x); });
   library.def("swish.out(Tensor x, float beta, *, Tensor(a!) out) -> ()",
               [](const Tensor& x, double, Tensor out) { at::silu_out(out, x); });
-  library.def("swish_backward(Tensor grad_output, Tensor x, float beta) -> Tensor",
-              [](const Tensor& grad, const Tensor& x, double) {
-                return at::silu_backward(grad, x);
-              });
+  library.def(
+      "swish_backward(Tensor grad_output, Tensor x, float beta) -> Tensor",
+      [](const Tensor& grad, const Tensor& x, double) { return at::silu_backward(grad, x); });
   library.def("relu6(Tensor x) -> Tensor", [](const Tensor& x) { return at::hardtanh(x, 0, 6); });
   library.def("relu6.out(Tensor x, *, Tensor(a!) out) -> ()",
               [](const Tensor& x, Tensor out) { at::hardtanh_out(out, x, 0, 6); });
-  library.def("relu6_backward(Tensor grad_output, Tensor x) -> Tensor",
-              [](const Tensor& grad, const Tensor& x) {
-                return at::hardtanh_backward(grad, x, 0, 6);
-              });
+  library.def(
+      "relu6_backward(Tensor grad_output, Tensor x) -> Tensor",
+      [](const Tensor& grad, const Tensor& x) { return at::hardtanh_backward(grad, x, 0, 6); });
 }
 
 }  // namespace

@@ -2,12 +2,11 @@
 //
 // Compiled once per activation, with -DACTIVATION=Swish -DPARAMETER_COUNT=1: see
 // host_kernels.py, which reads both out of csrc/register.cu.
-#include "elementwise_loops.h"
-
 #include <type_traits>
 #include <utility>
 
 #include "../../../csrc/activations.cuh"
+#include "elementwise_loops.h"
 #include "host.h"
 
 namespace fused_act::elementwise {
@@ -82,18 +81,19 @@ void run_backward(int dtype, const double* parameters, const void* grad_output, 
     const auto activation = make<T>(parameters);
     if constexpr (kSavesMask<ACTIVATION<T>>) {
       run_backward_blocks<true>(activation, grad, static_cast<const uint8_t*>(saved), result, numel,
-                     first_block, last_block);
+                                first_block, last_block);
     }
     if constexpr (kSavesInput<ACTIVATION<T>>) {
       if (saves == 'x') {
-        run_backward_blocks<false>(activation, grad, static_cast<const T*>(saved), result, numel, first_block,
-                        last_block);
+        run_backward_blocks<false>(activation, grad, static_cast<const T*>(saved), result, numel,
+                                   first_block, last_block);
       }
     }
     if constexpr (kSavesOutput<ACTIVATION<T>>) {
       if (saves == 'y') {
-        run_backward_blocks<false>(FromOutput<ACTIVATION<T>>{activation}, grad, static_cast<const T*>(saved),
-                        result, numel, first_block, last_block);
+        run_backward_blocks<false>(FromOutput<ACTIVATION<T>>{activation}, grad,
+                                   static_cast<const T*>(saved), result, numel, first_block,
+                                   last_block);
       }
     }
   });
