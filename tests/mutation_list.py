@@ -23,13 +23,15 @@ class Guard:
     Args:
         tests: arguments of pytest: files or tests, -k and -m.
         interpreted: the tests run the Triton kernels in the interpreter.
-        rebuilds: the tests read the built extension, which takes nvcc to build again.
+        rebuilds: the tests read the built CUDA extension, which takes nvcc to build again.
+        host: the tests call the host extension, which takes a C++ compiler to build again.
         gpu: the tests need a GPU because nothing else shows the bug.
     """
 
     tests: str
     interpreted: bool = False
     rebuilds: bool = False
+    host: bool = False
     gpu: bool = False
 
     def arguments(self) -> argparse.Namespace:
@@ -60,7 +62,7 @@ ARGUMENTS.add_argument("-k", default="")
 ARGUMENTS.add_argument("-m", default="")
 
 REQUIRED = ("name", "file", "bug", "tests", "old", "new")
-OPTIONAL = ("interpreted", "rebuilds", "gpu")
+OPTIONAL = ("interpreted", "rebuilds", "host", "gpu")
 
 
 def read_mutations(path: Path = LIST) -> list[Mutation]:

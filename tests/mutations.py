@@ -47,19 +47,21 @@ class Result:
     output: str = ""
 
 
-def extensions(root: Path) -> list[Path]:
-    return list((root / "fused_act").glob("_C*.so"))
+def extensions(root: Path, pattern: str = "_*.so") -> list[Path]:
+    return list((root / "fused_act").glob(pattern))
 
 
 def lacks(guard: Guard) -> str | None:
     """What is missing here to run the tests of `guard`."""
     if guard.gpu and not torch.cuda.is_available():
         return "a GPU"
-    return "nvcc" if guard.rebuilds and not extensions(ROOT) else None
+    if guard.host and not extensions(ROOT, "_host_*.so"):
+        return "a C++ compiler"
+    return "nvcc" if guard.rebuilds and not extensions(ROOT, "_C*.so") else None
 
 
 def copy_tree(target: Path) -> Path:
-    """Copy what git tracks or does not ignore, and the built extension, into `target`."""
+    """Copy what git tracks or does not ignore, and the built extensions, into `target`."""
     listed = subprocess.run(
         ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
         cwd=ROOT,
@@ -160,8 +162,9 @@ def try_mutation(tree: Path, mutation: Mutation) -> Result:
     original = path.read_text()
     path.write_text(original.replace(mutation.old, mutation.new))
     try:
-        if mutation.guard.rebuilds:
-            build = run(tree, "setup.py", "-q", "build_ext", "-f", "--inplace")
+        if mutation.guard.rebuilds or mutation.guard.host:
+            other = "FUSED_ACT_BUILD_HOST" if mutation.guard.rebuilds else "FUSED_ACT_BUILD_CUDA"
+            build = run(tree, "setup.py", "-q", "build_ext", "-f", "--inplace", **{other: "0"})
             if build.returncode != 0:
                 return Result(why_not="does not build", output=build.stdout)
         tests = shlex.split(mutation.guard.tests)
@@ -170,7 +173,7 @@ def try_mutation(tree: Path, mutation: Mutation) -> Result:
         return Result(why_not="hangs")
     finally:
         path.write_text(original)
-        if mutation.guard.rebuilds:
+        if mutation.guard.rebuilds or mutation.guard.host:
             for extension in extensions(ROOT):
                 shutil.copy2(extension, tree / extension.relative_to(ROOT))
     return judge(done)

@@ -50,35 +50,37 @@ def compiled() -> str:
 
 
 def overhead() -> str:
-    """What a call adds on the host, in ranges over functions and modules."""
+    """What a call adds on the host, in ranges over functions, modules, in place or not."""
     from tabulate import tabulate
 
     measured = rows("cpu/overhead.csv")
+    directions = ["no grad", "forward", "forward and backward", "8 in a row", "35 blocks"]
 
-    def cell(path: str, grad: bool, reference: str) -> str:
+    def cell(path: str, direction: str, column: str = "added_us", sign: str = "+") -> str:
         added = [
-            float(row["added_us"])
+            float(row[column])
             for row in measured
-            if row["path"] == path
-            and row["requires_grad"] == str(grad)
-            and reference in row["reference"]
+            if (row["path"], row["direction"]) == (path, direction)
         ]
-        return f"{min(added):.1f} to {max(added):.1f}" if added else ""
+        return f"{min(added):{sign}.1f} to {max(added):{sign}.1f}" if added else ""
 
-    (added_by_import,) = (float(row["added_us"]) for row in measured if row["path"] == "import")
-    lines = [
-        (what, cell(path, False, reference), cell(path, True, reference))
-        for what, path, reference in (
-            ("a call on a CPU, beside torch's own", "fallback", ""),
-            ("a compiled call on a CPU, beside torch's own", "compiled", ""),
-            ("a call of a kernel, beside the kernel alone", "kernels", "kernel alone"),
-            ("the same, beside the shortest Function that calls it", "kernels", "Function"),
-        )
-    ]
-    lines.append(
-        ("`import fused_act` after `import torch`", f"{added_by_import / 1000:.0f} ms", "")
+    def line(what: str, path: str, *options: str) -> tuple[str, ...]:
+        return (what, *(cell(path, direction, *options) for direction in directions))
+
+    (added_by_import,) = (
+        float(row["added_us"]) for row in measured if row["call"] == "import torch, fused_act"
     )
-    return tabulate(lines, ("µs", "no grad", "grad"), "github", disable_numparse=True)
+    lines = [
+        line("torch's own op takes", "host extension", "reference_us", ""),
+        line("in C++, with torch's own kernel", "host extension"),
+        line("in C++, an op of ours", "host extension, ops.cu"),
+        line("in Python, with torch's own kernel", "python"),
+        line("in Python, an op of ours", "python, ops.cu"),
+        line("where no kernel runs", "fallback"),
+        line("compiled", "compiled"),
+        ("`import fused_act` after `import torch`", f"{added_by_import / 1000:.0f} ms"),
+    ]
+    return tabulate(lines, ("µs", *directions), "github", disable_numparse=True)
 
 
 def instructions() -> str:
