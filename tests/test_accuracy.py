@@ -24,7 +24,7 @@ from tests.shared.cases import (
     elementwise_accuracy_cases,
     of_family,
 )
-from tests.shared.host_kernels import COMPILER
+from tests.shared.compiling import COMPILER
 from tests.shared.matrices import assert_equal
 from tests.shared.ulp import all_values
 

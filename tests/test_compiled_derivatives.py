@@ -12,7 +12,7 @@ import torch
 from torch._higher_order_ops.scan import scan
 from torch.autograd import forward_ad
 
-from tests.shared.cases import BACKENDS, DEVICE, combinations, elementwise_rows
+from tests.shared.cases import BACKENDS, DEVICE, OF_CSRC, combinations, elementwise_rows
 
 # What users call, the Function by itself, and what a forced backend gives.
 OF_TORCH = [pytest.param(way, id=way) for way in ("auto", "Function")]
@@ -185,7 +185,7 @@ def test_second_derivatives(ours, theirs, compiler, config, place):
     assert_close(found, second_derivative(place, theirs, lambda f: f))
 
 
-@all_rows_and_ways
+@combinations([*OF_TORCH, *OF_KERNELS, *OF_CSRC])
 @pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
 @pytest.mark.parametrize("second_inside", [False, True])
 @pytest.mark.usefixtures("host_calls")

@@ -15,8 +15,8 @@ from torch import nn
 
 import fused_act
 from tests.shared.cases import ALL_CASES, BACKENDS, DEVICE, all_rows, elementwise_rows, of_family
+from tests.shared.compiling import COMPILER
 from tests.shared.facts import torch_crelu, torch_swish
-from tests.shared.host_kernels import COMPILER
 from tests.shared.layouts import random
 
 # torch.jit is deprecated, and torch.export warns of itself.

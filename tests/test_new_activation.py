@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.shared.host_kernels import COMPILER
+from tests.shared.compiling import COMPILER
 
 ROOT = Path(__file__).parent.parent
 

@@ -13,7 +13,7 @@ from tests.shared.cases import (
     all_backends,
     all_rows,
 )
-from tests.shared.host_kernels import COMPILER
+from tests.shared.compiling import COMPILER
 from tests.shared.layouts import GRAD_LAYOUTS, LAYOUTS, check
 
 pytestmark = pytest.mark.smoke

@@ -64,6 +64,18 @@ Recording recording_of(const py::tuple& fields) {
           kept(fields[3])};
 }
 
+void check_ops(const Entry& entry) {
+  for (const bool inplace : {false, true}) {
+    const Recording& recording = entry.recording(inplace);
+    bool complete = entry.ops[inplace ? kForwardOut : kForward].has_value() &&
+                    entry.ops[backward_field(recording.saves)].has_value();
+    if (recording.saves == Saves::kMask) {
+      complete &= entry.ops[inplace ? kForwardWithMaskOut : kForwardWithMask].has_value();
+    }
+    TORCH_CHECK(complete, recording.node, ": an op is missing");
+  }
+}
+
 // The keys of a plain tensor of a device, and of one that was made in inference mode.
 void add_keys(std::vector<c10::DispatchKeySet>& keys, const std::string& device_type) {
   const auto key =
@@ -94,6 +106,7 @@ PyObject* make_path(PyTypeObject* type, PyObject* args, PyObject*) {
   entry.parameter_count = arguments[3].cast<Py_ssize_t>();
   entry.out_of_place = recording_of(arguments[4]);
   entry.in_place = recording_of(arguments[5]);
+  check_ops(entry);
   entry.kernels = kept(arguments[0]);
   auto* path = reinterpret_cast<Path*>(type->tp_alloc(type, 0));
   if (path == nullptr) {

@@ -67,7 +67,7 @@ struct ActivationNode final : Node {
       stack.emplace_back(stride);
     }
     const at::AutoDispatchBelowADInplaceOrView guard;
-    entry.ops[saves == Saves::kY ? kBackwardFromOutput : kBackward]->callBoxed(stack);
+    entry.ops[backward_field(saves)]->callBoxed(stack);
     return std::move(stack.at(0)).toTensor();
   }
 

@@ -44,6 +44,10 @@ constexpr const char* kFieldNames[kFieldCount] = {
     "forward_with_mask", "forward_with_mask_out",
 };
 
+inline Field backward_field(Saves saves) {
+  return saves == Saves::kY ? kBackwardFromOutput : kBackward;
+}
+
 // How a call is recorded for autograd. The Python objects are never freed, as the table is not.
 struct Recording {
   std::string node;  // the name of its nodes

@@ -46,8 +46,9 @@ def library(name: str) -> ctypes.CDLL:
 
 
 def load_csrc() -> dict[str, Kernels]:
+    ops.define("fused_act_csrc", ("cpu",))
     library("ops")
-    found = ops.kernels("fused_act_cuda")
+    found = ops.kernels("fused_act_csrc")
     return {row.name: found[row.name] for family in CONNECTED for row in FAMILIES[family]}
 
 

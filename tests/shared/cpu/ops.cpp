@@ -65,7 +65,7 @@ void launch_backward(Activation activation, const T* grad_output, const Saved* s
 namespace fused_act {
 namespace {
 
-STABLE_TORCH_LIBRARY_IMPL(fused_act_cuda, CPU, library) { REGISTRATIONS }
+STABLE_TORCH_LIBRARY_IMPL(fused_act_csrc, CPU, library) { REGISTRATIONS }
 
 }  // namespace
 }  // namespace fused_act
