@@ -95,9 +95,13 @@ def run(
 
 
 def run_pytest(
-    tree: Path, interpreted: bool, *arguments: str, timeout: float = TIMEOUT
+    tree: Path, guards: Sequence[Guard], *arguments: str, timeout: float = TIMEOUT
 ) -> subprocess.CompletedProcess:
+    """Run pytest as `guards` want it, all of them in Triton's interpreter or none."""
+    (interpreted,) = {guard.interpreted for guard in guards}
     command = ["-m", "pytest", "--tb=short", "-p", "no:cacheprovider", *arguments]
+    if not any(guard.host for guard in guards):  # or C++ would do what a bug in Python spoils
+        command.append("--without-host-extension")
     if interpreted:
         return run(tree, *command, "-m", "not gpu", timeout=timeout, TRITON_INTERPRET="1")
     return run(tree, *command, timeout=timeout)
@@ -110,14 +114,13 @@ def run_guards(
 
     Returns also what tests/guards.py reports of each guard: nothing if pytest stops before that.
     """
-    (interpreted,) = {guard.interpreted for guard in guards}
     places = [place for guard in guards for place in guard.arguments().places]
     files = sorted({place.partition("::")[0] for place in places})
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.json"
         done = run_pytest(
             tree,
-            interpreted,
+            guards,
             *("-p", "tests.guards", f"--guard-report={report}", "--continue-on-collection-errors"),
             *(f"--guard={guard.tests}" for guard in guards),
             *options,
@@ -168,7 +171,7 @@ def try_mutation(tree: Path, mutation: Mutation) -> Result:
             if build.returncode != 0:
                 return Result(why_not="does not build", output=build.stdout)
         tests = shlex.split(mutation.guard.tests)
-        done = run_pytest(tree, mutation.guard.interpreted, "-v", "-x", *tests)
+        done = run_pytest(tree, [mutation.guard], "-v", "-x", *tests)
     except subprocess.TimeoutExpired:
         return Result(why_not="hangs")
     finally:
@@ -262,7 +265,7 @@ def main() -> int:
         guards = dict.fromkeys(mutation.guard for mutation in runnable)
         kinds = collections.defaultdict(tuple)
         for guard in guards:
-            kinds[guard.interpreted, guard.rebuilds] += (guard,)
+            kinds[guard.interpreted, guard.rebuilds, guard.host] += (guard,)
         results = on_every_tree(trees, check_guards, kinds.values(), "kinds of guards")
         checked = collections.ChainMap(*results.values())
         if failed := [guard for guard in guards if checked[guard].why_not]:

@@ -25,9 +25,9 @@ def digest() -> str:
     """A checksum of all that a build depends on."""
     found = hashlib.sha256(torch.__version__.encode())
     found.update(subprocess.check_output([COMPILER, "--version"]))
-    files = {Path(__file__), *SHARED.glob("*.py")}
+    files = {SHARED / f"{name}.py" for name in ("compiling", "host_kernels", "cpu_ops")}
     for folder in (ROOT / "csrc", SHARED / "host", SHARED / "cpu"):
-        files |= {path for path in folder.rglob("*") if path.is_file()}
+        files |= {*folder.glob("*.*")}
     for path in sorted(files):
         found.update(path.name.encode() + path.read_bytes())
     return found.hexdigest()[:16]
