@@ -4,11 +4,12 @@ Where neither is, the package is pure Python.
 
 FUSED_ACT_BUILD_CUDA   `auto` (default): build it if nvcc and torch >= 2.10 are here, else say what
                        is left out. `1` (or FORCE_CUDA=1): build it or fail. `0`: leave it out.
-FUSED_ACT_BUILD_HOST   the same for the host extension, which needs torch, a C++ compiler and
-                       Python's headers. It is for this torch and this Python alone, so a wheel
-                       for all of them is built with `0`.
+FUSED_ACT_BUILD_HOST   the same for the host extension, which needs torch (one that tells the commit
+                       it was built from), a C++ compiler and Python's headers. The extension is
+                       for this torch and this Python alone, so a wheel for all of them is built
+                       with `0`.
 TORCH_CUDA_ARCH_LIST   GPU architectures by number, as in "8.0;9.0+PTX".
-CXX                    the C++ compiler for the host extension.
+CXX                    the C++ compiler for the host extension, with options if need be.
 
 torch's CUDAExtension is of no use here: on a CPU build of torch it refuses, though the extension
 needs only headers that such a build has too. So nvcc is called here, and whether a GPU is present
@@ -18,6 +19,7 @@ is never asked: builds run in containers without one.
 import os
 import re
 import runpy
+import shlex
 import shutil
 import subprocess
 import sysconfig
@@ -67,10 +69,12 @@ def cuda_missing():
 
 
 def find_cxx():
-    """The C++ compiler that CXX names, or one from PATH, else None."""
-    if os.environ.get("CXX"):
-        return shutil.which(os.environ["CXX"])
-    return shutil.which("g++") or shutil.which("clang++") or shutil.which("c++")
+    """The C++ compiler that CXX names, with its options, or one from PATH, else None."""
+    chosen = shlex.split(os.environ.get("CXX", ""))
+    if chosen:
+        return chosen if shutil.which(chosen[0]) else None
+    found = filter(shutil.which, ("g++", "clang++", "c++"))
+    return next(([name] for name in found), None)
 
 
 def host_missing():
@@ -143,6 +147,9 @@ class BuildExtensions(build_ext):
         package = (ROOT if self.inplace else Path(self.build_lib)) / "fused_act"
         if "host" in EXTENSIONS:
             write_note("host", package, self.failed.get("host"))
+        if self.failed:  # what an earlier build left in place is not of these sources
+            for stale in package.glob(f"{host_name()}.*"):
+                stale.unlink()
 
     def build_extension(self, extension):
         import torch
@@ -192,8 +199,8 @@ class BuildExtensions(build_ext):
 
         include = torch_path / "include"
         return [
-            find_cxx(),
-            *("-std=c++20", "-O2", "-g0", "-shared", "-fPIC", "-fvisibility=hidden"),
+            *find_cxx(),
+            *("-std=c++20", "-O2", "-DNDEBUG", "-g0", "-shared", "-fPIC", "-fvisibility=hidden"),
             f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}",
             f"-DFUSED_ACT_HOST={extension.name.rpartition('.')[2]}",
             *(f"-I{include}", f"-I{include / 'torch' / 'csrc' / 'api' / 'include'}"),
@@ -230,6 +237,10 @@ class BuildWithNotes(build_py):
 
     def run(self):
         super().run()
+        names = {extension.name.rpartition(".")[2] for extension in EXTENSIONS.values()}
+        for built in Path(self.build_lib, "fused_act").glob("_*.so"):
+            if built.name.partition(".")[0] not in names:  # of an earlier build with other settings
+                built.unlink()
         package = (ROOT if self.editable_mode else Path(self.build_lib)) / "fused_act"
         wanted = {kind: setting(kind) != "0" and kind not in EXTENSIONS for kind in MISSING}
         wanted["CUDA"] = wanted["CUDA"] and find_nvcc() is not None
@@ -250,7 +261,7 @@ if builds("host"):
         f"fused_act.{host_name()}",
         sources=["csrc/host/module.cpp"],
         depends=[str(path) for path in sorted(Path("csrc/host").glob("*.h"))],
-        optional=setting("host") != "1",  # that is, the file may be missing in the end
+        optional=setting("host") != "1",  # setuptools goes on without the file
     )
 
 setup(

@@ -44,13 +44,13 @@ def extension() -> ModuleType | str:
         if reason is not None:
             return f"the build left the host extension out: {reason}; {REBUILD}"
         return f"this install has no host extension; {REBUILD}"
-    if extensions.is_truncated(path):
-        return f"the host extension is truncated; {REBUILD}"
     loader = ExtensionFileLoader(f"fused_act.{name}", str(path))
     try:
+        if extensions.is_truncated(path):
+            return f"the host extension is truncated; {REBUILD}"
         module = module_from_spec(ModuleSpec(loader.name, loader, origin=str(path)))
         loader.exec_module(module)
-    except ImportError as error:
+    except (ImportError, OSError) as error:
         return f"the host extension does not load ({error}); {REBUILD}"
     Node.register(module.Node)
     return module

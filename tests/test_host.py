@@ -7,6 +7,7 @@ and `make test` runs them again with --without-host-extension.
 
 import contextlib
 import copy
+import functools
 import gc
 import io
 import multiprocessing
@@ -27,6 +28,7 @@ from torch import nn
 from torch.autograd import graph
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 import fused_act
 from fused_act import MishFunction, dispatch, extensions, host
@@ -261,7 +263,7 @@ def test_hooks_run_where_autograd_is_on(case, inplace, calls):
     source = x * 1
     with graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         y = case.function(source, inplace=inplace)
-    assert seen == [[False] * len(KEYS)]
+    assert seen == [[False] * len(KEYS)] * (1 + (case.saves == "mask"))
     y.sum().backward()
     refused = graph.saved_tensors_hooks(lambda tensor: 1 / 0, lambda tensor: tensor)
     with refused, pytest.raises(ZeroDivisionError):
@@ -438,6 +440,93 @@ def test_a_graph_of_before_is_differentiated_in_a_batch(case, calls):
     y = case.function(x)
     (jacobian,) = torch.autograd.grad(y, x, torch.eye(5), is_grads_batched=True)
     assert torch.equal(jacobian, torch.diag(torch.diag(jacobian)))
+
+
+@elementwise_rows
+@both_ways
+@in_place_or_not
+@pytest.mark.usefixtures("way_to_ops")
+@pytest.mark.parametrize("in_forward", [False, True], ids=["in backward", "in forward"])
+def test_checkpoint_whose_passes_go_different_ways(case, way, inplace, in_forward):
+    """One pass is under a mode, which Python takes: it saves as many tensors, and of one shape."""
+    results = []
+    for function in (case.function, case.torch_function):
+        torch.manual_seed(0)
+        x = values()
+        with OfTensors() if in_forward else contextlib.nullcontext():
+            run = functools.partial(two_activations, function, inplace)
+            y = checkpoint(run, x, use_reentrant=False)
+        with contextlib.nullcontext() if in_forward else OfTensors():
+            y.sum().backward()
+        results.append(x.grad)
+    torch.testing.assert_close(*results)
+
+
+def two_activations(function, inplace, x):
+    y = function((function(x * 1, inplace=inplace) * 2).sin())
+    return y.sin()
+
+
+@elementwise_rows
+@both_ways
+@pytest.mark.usefixtures("way_to_ops")
+def test_gradients_in_a_batch_with_tangents(case, way):
+    results = []
+    for function in (case.function, case.torch_function):
+        torch.manual_seed(0)
+        x = values(4)
+        y = function(x * 1)
+        with forward_ad.dual_level():
+            grads = forward_ad.make_dual(torch.eye(4), torch.ones(4, 4))
+            try:
+                (jacobian,) = torch.autograd.grad(y, x, grads, is_grads_batched=True)
+                results.append(forward_ad.unpack_dual(jacobian).tangent)
+            except NotImplementedError as error:
+                results.append(str(error).partition("because")[0])
+    ours, theirs = results
+    if isinstance(theirs, str):
+        assert isinstance(ours, str)
+    else:
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("name", ["mish", "relu6", "tanh"])
+def test_a_graph_that_another_thread_frees(name, calls):
+    """Either thread finds the graph or learns that it is gone."""
+    errors = []
+
+    def differentiate(y, x, barrier, create_graph):
+        barrier.wait()
+        try:
+            options = {"create_graph": create_graph, "retain_graph": False}
+            torch.autograd.grad(y, x, torch.ones(64), **options)
+        except RuntimeError as error:
+            if "second time" not in str(error):
+                errors.append(error)
+
+    for _ in range(300):
+        x, barrier = values(64), threading.Barrier(2)
+        y = getattr(fused_act, name)(x)
+        threads = [
+            threading.Thread(target=differentiate, args=(y, x, barrier, create_graph))
+            for create_graph in (False, True)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert not errors
+
+
+def test_a_node_whose_hook_raised_says_so():
+    x = values() * 1
+    refused = graph.saved_tensors_hooks(lambda tensor: 1 / 0, lambda tensor: tensor)
+    with cpu_ops.in_cpp(), refused, pytest.raises(ZeroDivisionError):
+        fused_act.relu6(x, inplace=True)
+    with pytest.raises(
+        RuntimeError, match=r"ReLU6\w*Backward saved nothing, because a hook raised"
+    ):
+        x.sum().backward()
 
 
 @elementwise_rows

@@ -169,6 +169,17 @@ def test_build_where_a_compiler_is(wheel):
     assert extensions_in(wheel) == [*cuda, f"fused_act/{extensions.host_name()}{suffix}"]
 
 
+@pytest.mark.skipif(compiling.COMPILER is None, reason="needs a C++ compiler")
+def test_a_later_build_packs_nothing_of_an_earlier_one(tmp_path):
+    source = copy_of_sources(tmp_path)
+    build = (sys.executable, "setup.py", "-q", "bdist_wheel", "-d", tmp_path)
+    no_cuda = os.environ | {"FUSED_ACT_BUILD_CUDA": "0"}
+    for host in ("1", "0"):
+        run(*build, cwd=source, env=no_cuda | {"FUSED_ACT_BUILD_HOST": host, "CXX": "g++ -O0"})
+    (wheel,) = tmp_path.glob("*-py3-none-any.whl")
+    assert extensions_in(wheel) == []
+
+
 def extensions_in(wheel) -> list[str]:
     names = zipfile.ZipFile(wheel).namelist()
     return sorted(name for name in names if name.endswith((".so", ".txt")) and "info" not in name)

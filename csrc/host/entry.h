@@ -6,8 +6,6 @@
 #include <c10/core/InferenceMode.h>
 #include <torch/csrc/autograd/functions/utils.h>
 
-#include <algorithm>
-
 #include "node.h"
 
 namespace fused_act::host {
@@ -34,7 +32,7 @@ inline bool is_other_function_mode_active() {
 inline bool takes(const Entry& entry, const Tensor& x, bool inplace, bool& needs_grad) {
   // The keys of x tell that it is on the right device and strided, and neither nested, negated nor
   // conjugated, nor wrapped by a transform or dispatched to Python.
-  if (std::find(entry.keys.begin(), entry.keys.end(), x.key_set()) == entry.keys.end()) {
+  if (!entry.has_keys(x)) {
     return false;
   }
   const auto dtype = x.scalar_type();
@@ -91,8 +89,8 @@ inline Stride dense_stride(const Tensor& x) {
   return Stride(stride.begin(), stride.end());
 }
 
-// Likewise with a node, which it records. Each SavedVariable is made outside the guards that skip
-// autograd, because hooks may run there.
+// y = f(x), where y is x if `inplace`, with a node in the graph. Each SavedVariable is made outside
+// the guards that skip autograd, because hooks may run there.
 inline Tensor record(const Entry& entry, const Tensor& x, bool inplace,
                      const Parameters& parameters) {
   namespace autograd = torch::autograd;
@@ -119,6 +117,9 @@ inline Tensor record(const Entry& entry, const Tensor& x, bool inplace,
   if (saves == Saves::kMask) {
     node->stride = dense_stride(y);
     node->saved = SavedVariable(mask, false);
+    if (node->saved.has_hooks()) {
+      node->anchor = SavedVariable(at::empty({0}, y.options()), false);
+    }
   } else if (saves == Saves::kY) {
     node->saved = SavedVariable(y, true);
   }

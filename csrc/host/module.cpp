@@ -1,6 +1,5 @@
 // The Python module: `Path`, an activation in one backend, which can be called; and the type of its
 // nodes, which tell of themselves what the node of the Python Function tells.
-#include <ATen/ops/empty.h>
 #include <torch/csrc/autograd/utils/wrap_outputs.h>
 #include <torch/csrc/utils/pybind.h>
 
@@ -23,10 +22,10 @@ struct Path {
 };
 
 // path(x, inplace, *parameters) -> y, or NotImplemented where Python is to decide.
-PyObject* call_path(PyObject* self, PyObject* const* args, size_t flagged_count, PyObject*) {
+PyObject* call_path(PyObject* self, PyObject* const* args, size_t flagged_count, PyObject* names) {
   HANDLE_TH_ERRORS
   const Entry& entry = *reinterpret_cast<Path*>(self)->entry;
-  if (PyVectorcall_NARGS(flagged_count) != 2 + entry.parameter_count ||
+  if (names != nullptr || PyVectorcall_NARGS(flagged_count) != 2 + entry.parameter_count ||
       !THPVariable_CheckExact(args[0]) || !PyBool_Check(args[1])) {
     Py_RETURN_NOTIMPLEMENTED;
   }
@@ -157,29 +156,10 @@ PyObject* get_stride(PyObject* self, void*) {
   END_HANDLE_TH_ERRORS
 }
 
-// An empty tensor through which a second backward finds x, whose gradient is then 0 and not None.
-// It is narrowed inside the graph, because gradients have the shape of x.
-Tensor anchor_of(const ActivationNode& node) {
-  const auto& metadata = node.input_metadata(0);
-  const Tensor x = at::empty({}, metadata.options()).expand_symint(metadata.shape_as_dim_vector());
-  autograd::impl::set_gradient_edge(x, node.next_edge(0));
-  const at::AutoGradMode with_grad(true);
-  return x.as_strided({0}, {1});
-}
-
 PyObject* get_saved_tensors(PyObject* self, void*) {
   HANDLE_TH_ERRORS
   ActivationNode& node = node_of(self);
-  const Saves saves = node.recording().saves;
-  autograd::variable_list tensors{node.unpack()};
-  if (saves == Saves::kX && node.inplace) {  // in the graph it takes the place of x
-    tensors[0] = tensors[0].detach();
-    autograd::impl::set_gradient_edge(tensors[0], node.next_edge(0));
-  }
-  if (saves == Saves::kMask) {
-    tensors.push_back(anchor_of(node));
-  }
-  THPObjectPtr list(autograd::utils::wrap(tensors));
+  THPObjectPtr list(autograd::utils::wrap(node.in_graph(node.unpack())));
   return PySequence_Tuple(list.get());
   END_HANDLE_TH_ERRORS
 }

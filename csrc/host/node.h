@@ -3,8 +3,10 @@
 #pragma once
 
 #include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/ops/empty.h>
 #include <torch/csrc/Exceptions.h>
 #include <torch/csrc/PyInterpreter.h>
+#include <torch/csrc/autograd/forward_grad.h>
 #include <torch/csrc/autograd/function.h>
 #include <torch/csrc/autograd/python_cpp_function.h>
 #include <torch/csrc/autograd/python_variable.h>
@@ -22,12 +24,16 @@ namespace fused_act::host {
 using torch::autograd::Node;
 using torch::autograd::SavedVariable;
 using torch::autograd::variable_list;
-using Stride = c10::SmallVector<c10::SymInt, 5>;
+using Stride = std::vector<c10::SymInt>;
 
 // torch 2.13 counts references to a node in the node itself, older ones in a std::shared_ptr.
 using NodePointer = decltype(std::declval<Node&>().getptr());
 
 inline bool has_tangent(const Tensor& x) { return x._fw_grad(0).defined(); }
+
+inline bool is_forward_mode_active() {
+  return torch::autograd::ForwardADLevel::try_get_by_idx(0) != nullptr;
+}
 
 // hook(grads) -> (grad_input,): `differentiable_gradient` as a hook of the node `self`.
 PyObject* differentiable_backward(PyObject* self, PyObject* grads);
@@ -40,6 +46,9 @@ struct ActivationNode final : Node {
   const bool inplace;
   const Parameters parameters;
   SavedVariable saved;
+  // Empty. The Function of Python saves one beside a mask, and where there are hooks they must find
+  // as many tensors here: a checkpoint counts them.
+  SavedVariable anchor;
   Stride stride;  // of x, or of its dense copy, where a mask is saved: the mask is in that order
 
   ActivationNode(const Entry& entry, bool inplace, const Parameters& parameters)
@@ -49,13 +58,43 @@ struct ActivationNode final : Node {
 
   std::string name() const override { return recording().node; }
 
-  // Call it without the mutex where Python's lock is held: a hook may want that lock while another
-  // thread, which holds it, waits for the mutex.
-  Tensor unpack() { return saved.unpack(recording().saves == Saves::kY ? getptr() : nullptr); }
+  Tensor unpack() {
+    Tensor value = saved.unpack(recording().saves == Saves::kY ? getptr() : nullptr);
+    TORCH_CHECK(value.defined(), name(), " saved nothing, because a hook raised when it was made");
+    return value;
+  }
+
+  // Safe against another thread that frees the graph. Not to be called where Python's lock is held:
+  // a thread that holds the mutex may wait for that lock in a hook.
+  Tensor unpack_locked() {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    return unpack();
+  }
 
   void release_variables() override {
     const std::lock_guard<std::mutex> lock(mutex_);
     saved.reset_data();
+    anchor.reset_data();
+  }
+
+  // The saved `value` as a second derivative wants it: in the graph, on the way to x.
+  variable_list in_graph(Tensor value) const {
+    const Saves saves = recording().saves;
+    if (saves == Saves::kX && inplace) {  // a copy of x, in the place of x
+      value = value.detach();
+      torch::autograd::impl::set_gradient_edge(value, next_edge(0));
+    }
+    if (saves != Saves::kMask) {
+      return {value};
+    }
+    // The gradient of x is 0 then, and not None: an empty tensor leads to x. It is narrowed inside
+    // the graph, because gradients have the shape of x.
+    const auto& metadata = input_metadata(0);
+    const Tensor x =
+        at::empty({}, metadata.options()).expand_symint(metadata.shape_as_dim_vector());
+    torch::autograd::impl::set_gradient_edge(x, next_edge(0));
+    const at::AutoGradMode with_grad(true);
+    return {value, x.as_strided({0}, {1})};
   }
 
   // The gradient by the backend's op, below autograd.
@@ -71,19 +110,25 @@ struct ActivationNode final : Node {
     return std::move(stack.at(0)).toTensor();
   }
 
-  // The gradient by torch's own ops, for a backward that is itself differentiated.
-  Tensor differentiable_gradient(const Tensor& grad) {
+  // The gradient by torch's own ops, for a backward that is itself differentiated: Python's
+  // formula.
+  Tensor differentiable_gradient(const Tensor& grad, const Tensor& value) {
+    using namespace pybind11::literals;
     const pybind11::gil_scoped_acquire gil;
-    THPObjectPtr self(torch::autograd::functionToPyObject(getptr()));
-    THPObjectPtr argument(THPVariable_Wrap(grad));
-    THPObjectPtr result(
-        PyObject_CallFunctionObjArgs(recording().formula, self.get(), argument.get(), nullptr));
-    if (!result) {
-      python_error error;
+    try {
+      const auto formula = pybind11::reinterpret_borrow<pybind11::object>(recording().formula);
+      const auto result =
+          formula(grad, "saved_tensors"_a = in_graph(value),
+                  "kernels"_a = pybind11::reinterpret_borrow<pybind11::object>(entry.kernels),
+                  "parameters"_a = std::vector<double>(parameters.begin(), parameters.end()),
+                  "shape"_a = input_metadata(0).shape_as_dim_vector().vec(), "stride"_a = stride);
+      return result.cast<Tensor>();
+    } catch (pybind11::error_already_set& raised) {
+      raised.restore();
+      python_error error;  // as torch's own nodes raise it, on whatever thread
       error.persist();
       throw std::move(error);
     }
-    return THPVariable_Unpack(result.get());
   }
 
   variable_list apply(variable_list&& grads) override {
@@ -91,16 +136,13 @@ struct ActivationNode final : Node {
     if (!grad.defined() || !task_should_compute_output(0)) {
       return {Tensor()};
     }
-    if (c10::GradMode::is_enabled() || has_tangent(grad)) {
-      return {differentiable_gradient(grad)};
-    }
-    Tensor value;
-    {
-      const std::lock_guard<std::mutex> lock(mutex_);
-      value = unpack();
-    }
-    if (has_tangent(value)) {
-      return {differentiable_gradient(grad)};
+    const Tensor value = unpack_locked();
+    // A tensor in a batch may have a tangent that cannot be seen from here.
+    const bool differentiated = c10::GradMode::is_enabled() || has_tangent(grad) ||
+                                has_tangent(value) ||
+                                (!entry.has_keys(grad) && is_forward_mode_active());
+    if (differentiated) {
+      return {differentiable_gradient(grad, value)};
     }
     return {gradient(entry, inplace, parameters, stride, grad, value)};
   }
@@ -181,8 +223,18 @@ inline ActivationNode& node_of(PyObject* self) {
 
 inline PyObject* differentiable_backward(PyObject* self, PyObject* grads) {
   HANDLE_TH_ERRORS
-  const auto grad = pybind11::reinterpret_borrow<pybind11::sequence>(grads)[0].cast<Tensor>();
-  return pybind11::make_tuple(node_of(self).differentiable_gradient(grad)).release().ptr();
+  ActivationNode& node = node_of(self);
+  const auto grad = pybind11::reinterpret_borrow<pybind11::sequence>(grads)[0];
+  if (grad.is_none()) {
+    return Py_NewRef(grads);
+  }
+  Tensor value;
+  {
+    const pybind11::gil_scoped_release no_gil;
+    value = node.unpack_locked();
+  }
+  const Tensor result = node.differentiable_gradient(grad.cast<Tensor>(), value);
+  return pybind11::make_tuple(result).release().ptr();
   END_HANDLE_TH_ERRORS
 }
 

@@ -10,6 +10,7 @@
 #include <Python.h>
 #include <c10/util/SmallVector.h>
 
+#include <algorithm>
 #include <array>
 #include <deque>
 #include <mutex>
@@ -53,7 +54,7 @@ struct Recording {
   std::string node;  // the name of its nodes
   Saves saves;
   PyObject* function;  // the autograd Function of Python whose place its nodes take
-  PyObject* formula;   // formula(node, grad_output) -> grad_input, which can be differentiated
+  PyObject* formula;   // formula(grad_output, **context) -> grad_input, differentiable
 };
 
 struct Entry {
@@ -63,6 +64,10 @@ struct Entry {
   std::vector<c10::DispatchKeySet> keys;  // of the tensors that it takes
   Py_ssize_t parameter_count;
   Recording out_of_place, in_place;
+
+  bool has_keys(const Tensor& x) const {
+    return std::find(keys.begin(), keys.end(), x.key_set()) != keys.end();
+  }
 
   const Recording& recording(bool inplace) const { return inplace ? in_place : out_of_place; }
 };

@@ -2,7 +2,7 @@
 
 No activation and no family is named here. One eager call goes `mish(x)` -> the row -> the host path
 in C++ (see `fused_act.host`) -> a kernel of the selected backend. What C++ does not take goes on in
-Python: -> the Function -> a kernel, or torch's own op. So does all, without the host extension.
+Python: -> the Function -> a kernel, or torch's own op. Without the host extension all calls do so.
 Compiled, `torch.ops.fused_act.mish` stands in the graph for the Function, see `define_graph_op`.
 """
 
@@ -38,14 +38,14 @@ class Recording(NamedTuple):
         node: the name of the node.
         saves: what it saves for backward: "x", "y" or a "mask".
         function: the Function in whose place it is.
-        formula: `formula(node, grad_output) -> grad_input`, for a backward that is differentiated;
-            the node has the attributes of the Function's context.
+        formula: `formula(grad_output, **context) -> grad_input`, for a backward that is
+            differentiated; `context` has the attributes of the Function's context.
     """
 
     node: str
     saves: str
     function: type[KernelFunction]
-    formula: Callable[[Any, Tensor], Tensor | None]
+    formula: Callable[..., Tensor | None]
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)

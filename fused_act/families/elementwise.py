@@ -16,9 +16,9 @@ element i in memory order. `stride` is that of `y`, which fixes this order.
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable
-from typing import Any, ClassVar, Literal, Protocol
+from types import SimpleNamespace
+from typing import Any, ClassVar, Literal, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -200,7 +200,11 @@ class Elementwise(Row):
     def recordings(self, kernels: Kernels) -> tuple[int, Recording, Recording]:
         def recording(function: type[KernelFunction], with_mask: object, saves: str) -> Recording:
             what = "mask" if with_mask is not None else "y" if saves == "y" else "x"
-            formula = functools.partial(grad_input, self, saves)
+
+            def formula(grad_output: Tensor, **context: Any) -> Tensor | None:
+                ctx = cast(ElementwiseContext, SimpleNamespace(**context))
+                return grad_input(self, saves, ctx, grad_output)
+
             return Recording(f"{function.__name__}Backward", what, function, formula)
 
         return (
