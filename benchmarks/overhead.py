@@ -124,6 +124,7 @@ class Direction(NamedTuple):
     calls: int = 1
     seconds: float = SECONDS
     beside_identity: bool = False  # the run has more in it than calls
+    more_rounds: int = 1  # times as many, where that more scatters
 
 
 DIRECTIONS = {
@@ -132,7 +133,7 @@ DIRECTIONS = {
     "forward": Direction(forward, FUNCTIONS),
     "forward and backward": Direction(forward_and_backward, FUNCTIONS, 1, 2 * SECONDS),
     "8 in a row": Direction(in_a_row, (*FUNCTIONS, *IN_PLACE), 8, 4 * SECONDS),
-    "35 blocks": Direction(network, (*FUNCTIONS, *IN_PLACE), BLOCKS, 0.02, True),
+    "35 blocks": Direction(network, (*FUNCTIONS, *IN_PLACE), BLOCKS, SECONDS, True, 10),
 }
 
 
@@ -193,37 +194,52 @@ def in_turn(turns: list[timing.Turn], rounds: int) -> list[list[float]]:
     return times
 
 
-def row(path: str, call: str, direction: str, reference: str, ours: list, theirs: list) -> dict:
-    """Of the seconds that each took in each round."""
+def row(
+    path: str,
+    call: str,
+    direction: str,
+    reference: str,
+    ours: list[float],
+    theirs: list[float],
+    nothing: list[float] = (),
+    calls: int = 1,
+) -> dict:
+    """Of the seconds that each took in each round: so many calls, and what is no part of them."""
+    nothing = nothing or [0.0] * len(ours)
+
+    def median(a: list[float], b: list[float]) -> float:
+        return 1e6 / calls * statistics.median(x - y for x, y in zip(a, b))
+
     return {
         "path": path,
         "call": call,
         "direction": direction,
-        "us": 1e6 * statistics.median(ours),
+        "us": median(ours, nothing),
         "reference": reference,
-        "reference_us": 1e6 * statistics.median(theirs),
-        "added_us": 1e6 * statistics.median(a - b for a, b in zip(ours, theirs)),
-        "least_us": 1e6 * min(ours),
-        "reference_least_us": 1e6 * min(theirs),
+        "reference_us": median(theirs, nothing),
+        "added_us": median(ours, theirs),
+        "least_us": 1e6 / calls * (min(ours) - min(nothing)),
+        "reference_least_us": 1e6 / calls * (min(theirs) - min(nothing)),
     }
 
 
 def kernel_rows(rounds: int) -> Iterator[dict]:
     found = ways()
-    for name, (prepare, functions, calls, seconds, beside_identity) in DIRECTIONS.items():
-        for call, ours, reference, theirs in functions if found else ():
-            torchs = {"torch": contextlib.nullcontext}
-            turns = {
-                path: turn_in(way, prepare(theirs if path == "torch" else ours), seconds)
-                for path, way in (torchs | found).items()
-            }
-            if beside_identity:
+    for name, direction in DIRECTIONS.items():
+        prepare, seconds = direction.prepare, direction.seconds
+        for call, ours, reference, theirs in direction.functions if found else ():
+            turns = {path: turn_in(way, prepare(ours), seconds) for path, way in found.items()}
+            turns["torch"] = timing.cpu_turn(prepare(theirs), seconds)
+            if direction.beside_identity:
                 turns["identity"] = timing.cpu_turn(prepare(lambda x: x), seconds)
-            times = dict(zip(turns, in_turn(list(turns.values()), rounds)))
-            nothing = times.get("identity", [0.0] * rounds)
-            each = {path: [(a - b) / calls for a, b in zip(times[path], nothing)] for path in turns}
-            for path in found:
-                yield row(path, call, name, reference, each[path], each["torch"])
+            every = in_turn(list(turns.values()), rounds * direction.more_rounds)
+            times = dict(zip(turns, every))
+            nothing = times.pop("identity", [])
+            torchs = times.pop("torch")
+            for path, seconds_of_path in times.items():
+                yield row(
+                    path, call, name, reference, seconds_of_path, torchs, nothing, direction.calls
+                )
 
 
 def public_rows(path: str, prepare: Callable[[Callable], Callable], rounds: int) -> Iterator[dict]:
