@@ -70,7 +70,7 @@ def connect(backend: Backend) -> dict[str, Callable[..., Any]]:
 def make_path(
     module: ModuleType, row: Row, kernels: Kernels, backend: Backend
 ) -> Callable[..., Any] | None:
-    """What calls `row` in C++: `path(x, inplace, *parameters) -> y`, or NotImplemented."""
+    """What calls `row` in C++: `path(x, inplace, parameters) -> y`, or NotImplemented."""
     recordings = row.recordings(kernels)
     ops = {field: op for field, op in kernels._asdict().items() if op is not None}
     if recordings is None or not all(isinstance(op, OpOverload) for op in ops.values()):

@@ -403,8 +403,9 @@ def test_what_is_no_bool_or_float_is_pythons(calls):
     assert calls.declined == 1
     fused_act.mish(torch.randn(5))
     path = cpu_ops.CSRC.paths["swish"]
-    for arguments in ((), (False,), (False, 1), (False, "1"), (False, 1.0, 1.0)):
+    for arguments in ((), (False,), (False, 1.0), (False, (1,)), (False, ("1",)), (False, ())):
         assert path(torch.randn(5), *arguments) is NotImplemented
+    assert path(torch.randn(5), False, (1.0, 1.0)) is NotImplemented
 
 
 def test_a_default_device_changes_nothing(calls):

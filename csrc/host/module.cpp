@@ -21,12 +21,14 @@ struct Path {
   const Entry* entry;
 };
 
-// path(x, inplace, *parameters) -> y, or NotImplemented where Python is to decide.
+// path(x, inplace, parameters) -> y, or NotImplemented where Python is to decide. Parameters are a
+// tuple of floats.
 PyObject* call_path(PyObject* self, PyObject* const* args, size_t flagged_count, PyObject* names) {
   HANDLE_TH_ERRORS
   const Entry& entry = *reinterpret_cast<Path*>(self)->entry;
-  if (names != nullptr || PyVectorcall_NARGS(flagged_count) != 2 + entry.parameter_count ||
-      !THPVariable_CheckExact(args[0]) || !PyBool_Check(args[1])) {
+  if (names != nullptr || PyVectorcall_NARGS(flagged_count) != 3 ||
+      !THPVariable_CheckExact(args[0]) || !PyBool_Check(args[1]) || !PyTuple_CheckExact(args[2]) ||
+      PyTuple_GET_SIZE(args[2]) != entry.parameter_count) {
     Py_RETURN_NOTIMPLEMENTED;
   }
   const Tensor& x = THPVariable_Unpack(args[0]);
@@ -37,10 +39,11 @@ PyObject* call_path(PyObject* self, PyObject* const* args, size_t flagged_count,
   }
   Parameters parameters(static_cast<size_t>(entry.parameter_count));
   for (size_t i = 0; i < parameters.size(); i++) {
-    if (!PyFloat_CheckExact(args[2 + i])) {
+    PyObject* parameter = PyTuple_GET_ITEM(args[2], static_cast<Py_ssize_t>(i));
+    if (!PyFloat_CheckExact(parameter)) {
       Py_RETURN_NOTIMPLEMENTED;
     }
-    parameters[i] = PyFloat_AS_DOUBLE(args[2 + i]);
+    parameters[i] = PyFloat_AS_DOUBLE(parameter);
   }
   Tensor y;
   {

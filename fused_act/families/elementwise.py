@@ -222,9 +222,13 @@ class Elementwise(Row):
         if not is_dynamo_compiling():
             path = (dispatch.forced or dispatch.settled).paths.get(self.name)
             if path is not None:
-                y = path(x, inplace, *parameters)
+                y = path(x, inplace, parameters)
                 if y is not NotImplemented:
                     return y  # type: ignore[no-any-return] # C++ has no types
+        return self.activate_in_python(x, *parameters, inplace=inplace)
+
+    def activate_in_python(self, x: Tensor, *parameters: float, inplace: bool) -> Tensor:
+        """Likewise where C++ does not. Apart, because a small function is fast where it is cold."""
         kernels = kernels_for(self, x, *parameters)
         if kernels is self.eager:
             return self.torch_forward(x, *parameters, inplace=inplace)

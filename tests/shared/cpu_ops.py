@@ -54,11 +54,13 @@ def load_csrc() -> dict[str, Kernels]:
 
 def load_torch_kernels() -> dict[str, Kernels]:
     library("torch_kernels")
+    # A parameter more or fewer than a raw op has takes an op in between, which costs a dispatch.
+    places = {"mish": "aten", "swish": "fused_act_torch", "relu6": "fused_act_torch"}
     found = {}
-    for name in ("mish", "swish", "relu6"):
-        op = getattr(torch.ops.fused_act_torch, name)
-        backward = getattr(torch.ops.fused_act_torch, f"{name}_backward").default
-        found[name] = Kernels(op.default, op.out, backward)
+    for name, place in places.items():
+        namespace = getattr(torch.ops, place)
+        op, backward = getattr(namespace, name), getattr(namespace, f"{name}_backward")
+        found[name] = Kernels(op.default, op.out, backward.default)
     return found
 
 

@@ -1,9 +1,7 @@
-// torch's own CPU kernels under the schemas of raw ops, in the namespace fused_act_torch: with them
-// a call of ours differs from one of torch's in its way alone. See cpu_ops.py.
+// torch's own CPU kernels under the schemas of raw ops, in the namespace fused_act_torch, where
+// those of torch's ops differ. See cpu_ops.py.
 #include <ATen/ops/hardtanh.h>
 #include <ATen/ops/hardtanh_backward.h>
-#include <ATen/ops/mish.h>
-#include <ATen/ops/mish_backward.h>
 #include <ATen/ops/silu.h>
 #include <ATen/ops/silu_backward.h>
 #include <torch/library.h>
@@ -13,11 +11,6 @@ namespace {
 using at::Tensor;
 
 TORCH_LIBRARY(fused_act_torch, library) {
-  library.def("mish(Tensor x) -> Tensor", [](const Tensor& x) { return at::mish(x); });
-  library.def("mish.out(Tensor x, *, Tensor(a!) out) -> ()",
-              [](const Tensor& x, Tensor out) { at::mish_out(out, x); });
-  library.def("mish_backward(Tensor grad_output, Tensor x) -> Tensor",
-              [](const Tensor& grad, const Tensor& x) { return at::mish_backward(grad, x); });
   library.def("swish(Tensor x, float beta) -> Tensor",
               [](const Tensor& x, double) { return at::silu(x); });
   library.def("swish.out(Tensor x, float beta, *, Tensor(a!) out) -> ()",
