@@ -16,10 +16,10 @@ FOLDER = Path(__file__).parent
 
 
 def host_name() -> str | None:
-    """What the host extension for the torch that is imported is called, or None for a nameless one.
+    """The name of the host extension for this torch, or None if torch does not tell its commit.
 
-    The full C++ API changes from torch to torch without a warning. A name that carries the version
-    and the commit is one that another torch does not find.
+    The full C++ API changes from torch to torch without a warning. So the name carries the version
+    and the commit, and another torch looks for another name.
     """
     commit = getattr(torch.version, "git_version", None)
     if not commit or commit == "Unknown":
@@ -30,9 +30,10 @@ def host_name() -> str | None:
 
 
 def host_path(name: str) -> Path | None:
-    """The file of the host extension for this Python, or None. Python's finders may look elsewhere.
+    """The file of the host extension for this Python, or None.
 
-    An editable install has one that finds in its own folder what a copy of the package lacks.
+    Python's own finders are not asked: that of an editable install finds in its folder what another
+    copy of the package lacks.
     """
     paths = (FOLDER / f"{name}{suffix}" for suffix in EXTENSION_SUFFIXES)
     return next((path for path in paths if path.exists()), None)

@@ -34,7 +34,7 @@ import fused_act
 from fused_act import MishFunction, dispatch, extensions, host
 from fused_act.dispatch import DTYPES
 from tests.shared import compiling, cpu_ops
-from tests.shared.cases import ON_HOST, all_dtypes, elementwise_rows
+from tests.shared.cases import DEVICE, ON_HOST, all_backends, all_dtypes, elementwise_rows
 
 pytestmark = [
     pytest.mark.skipif(compiling.COMPILER is None, reason="needs a C++ compiler"),
@@ -634,6 +634,15 @@ def test_a_node_keeps_its_backend():
     with fused_act.use_backend("torch"):
         assert y.grad_fn.kernels is cpu_ops.CSRC.kernels["mish"]
         torch.testing.assert_close(torch.autograd.grad(y, x, torch.ones(3, 5))[0], expected)
+
+
+@all_backends
+def test_kernels_are_called_in_cpp(backend):
+    x = torch.randn(5, device=DEVICE, requires_grad=True)
+    with fused_act.use_backend(backend), cpu_ops.counted(dispatch.BACKENDS[backend]) as counter:
+        fused_act.mish(x).sum().backward()
+        fused_act.swish(x.detach(), 1.702, inplace=True)
+    assert (counter.taken, counter.declined) == (2, 0)
 
 
 def test_auto_takes_the_settled_backend_and_leaves_the_rest_to_torch(monkeypatch):
