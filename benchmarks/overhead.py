@@ -58,6 +58,37 @@ IN_PLACE = tuple(
     for name, ours, reference, theirs in FUNCTIONS
 )
 
+
+class SwishOfTorch(nn.Module):
+    """Swish with a learnable beta, in torch's own ops."""
+
+    def __init__(self):
+        super().__init__()
+        self.beta = nn.Parameter(torch.ones(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.sigmoid(self.beta * x)
+
+
+class CReLUOfTorch(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([F.relu(x), F.relu(-x)], -1)
+
+
+WEIGHTED = (
+    ("PReLU()", fused_act.PReLU(), "nn.PReLU()", nn.PReLU()),
+    (
+        "Swish(learnable=True)",
+        fused_act.Swish(learnable=True),
+        "x * sigmoid(beta * x)",
+        SwishOfTorch(),
+    ),
+)
+CRELU = (("CReLU(-1)", fused_act.CReLU(-1), "cat([relu(x), relu(-x)])", CReLUOfTorch()),)
+WIDENED = (*FUNCTIONS, *WEIGHTED, *CRELU)
+# The row of a call, where not every backend below has one.
+ROWS = {"PReLU()": "prelu", "Swish(learnable=True)": "learnable_swish", "CReLU(-1)": "crelu"}
+
 Activation = Callable[[Tensor], Tensor]
 
 
@@ -86,14 +117,18 @@ def forward_and_backward(activation: Activation) -> Callable:
 
 def in_a_row(activation: Activation, count: int = 8) -> Callable:
     x = torch.randn(NUMEL, device=DEVICE, requires_grad=True)
-    grad_output = torch.randn(NUMEL, device=DEVICE)
+    inputs = [x]
+    if isinstance(activation, nn.Module):
+        inputs += activation.to(DEVICE).parameters()
+    with torch.no_grad():
+        grad_output = torch.randn_like(activation(x.clone()))
     is_inplace = isinstance(activation, partial)
 
     def run():
         y = x * 1 if is_inplace else x
         for _ in range(count):
             y = activation(y)
-        torch.autograd.grad(y, x, grad_output)
+        torch.autograd.grad(y, inputs, grad_output)
 
     return run
 
@@ -142,17 +177,17 @@ class Direction(NamedTuple):
 
 
 DIRECTIONS = {
-    "no grad": Direction(no_grad, FUNCTIONS),
+    "no grad": Direction(no_grad, WIDENED),
     "no grad, default device": Direction(under_default_device, FUNCTIONS, UNDER_DEFAULT_DEVICE),
-    "forward": Direction(forward, FUNCTIONS),
-    "forward and backward": Direction(forward_and_backward, FUNCTIONS, 1, 2 * SECONDS),
-    "8 in a row": Direction(in_a_row, (*FUNCTIONS, *IN_PLACE), 8, 4 * SECONDS),
-    "35 blocks": Direction(network, (*FUNCTIONS, *IN_PLACE), BLOCKS, SECONDS, True, 10),
+    "forward": Direction(forward, WIDENED),
+    "forward and backward": Direction(forward_and_backward, WIDENED, 1, 2 * SECONDS),
+    "8 in a row": Direction(in_a_row, (*FUNCTIONS, *IN_PLACE, *WEIGHTED), 8, 4 * SECONDS),
+    "35 blocks": Direction(network, (*FUNCTIONS, *IN_PLACE, *WEIGHTED), BLOCKS, SECONDS, True, 10),
 }
 
 
-def ways() -> dict[str, Callable[[], contextlib.AbstractContextManager]]:
-    """What is to be entered for each path, where it can run here."""
+def ways() -> dict[str, tuple[Backend, Callable[[], contextlib.AbstractContextManager]]]:
+    """The backend of each path that can run here, and what is to be entered for it."""
     backends = {}
     if DEVICE.type == "cuda":
         names = [name for name in dispatch.available_backends() if name != "torch"]
@@ -165,8 +200,13 @@ def ways() -> dict[str, Callable[[], contextlib.AbstractContextManager]]:
     if isinstance(host.extension(), str):
         print(f"python alone is measured: {host.extension()}", file=sys.stderr)
     else:
-        found = {f"host extension{name}": partial(within, each) for name, each in backends.items()}
-    return found | {f"python{name}": partial(in_python, each) for name, each in backends.items()}
+        found = {
+            f"host extension{name}": (each, partial(within, each))
+            for name, each in backends.items()
+        }
+    return found | {
+        f"python{name}": (each, partial(in_python, each)) for name, each in backends.items()
+    }
 
 
 @contextlib.contextmanager
@@ -242,7 +282,11 @@ def kernel_rows(rounds: int) -> Iterator[dict]:
     for name, direction in DIRECTIONS.items():
         prepare, seconds = direction.prepare, direction.seconds
         for call, ours, reference, theirs in direction.functions if found else ():
-            turns = {path: turn_in(way, prepare(ours), seconds) for path, way in found.items()}
+            turns = {
+                path: turn_in(way, prepare(ours), seconds)
+                for path, (backend, way) in found.items()
+                if ROWS.get(call, "mish") in backend.ready().kernels
+            }
             turns["torch"] = timing.cpu_turn(prepare(theirs), seconds)
             if direction.beside_identity:
                 turns["identity"] = timing.cpu_turn(prepare(lambda x: x), seconds)

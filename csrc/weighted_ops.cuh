@@ -35,10 +35,8 @@ struct Ops {
       const T* x_ptr = static_cast<const T*>(x.const_data_ptr());
       T* y_ptr = static_cast<T*>(y.mutable_data_ptr());
       auto launch = [&](auto width, auto by_column, const Matrix& matrix) {
-        constexpr int kWidth = decltype(width)::value;
-        forward_kernel<kWidth, decltype(by_column)::value, Activation>
-            <<<Tile<T, kWidth>::blocks(matrix), kThreads, 0, stream>>>(
-                x_ptr, static_cast<const float*>(weight.const_data_ptr()), y_ptr, matrix);
+        launch_forward<decltype(width)::value, decltype(by_column)::value, Activation>(
+            x_ptr, static_cast<const float*>(weight.const_data_ptr()), y_ptr, matrix, stream);
       };
       with_variant<T>(x.numel(), weight.numel(), stride_of_channels(x), launch, x_ptr, y_ptr);
     });
@@ -66,14 +64,13 @@ struct Ops {
       T* result_ptr = static_cast<T*>(grad_input.mutable_data_ptr());
       auto launch = [&](auto width, auto by_column, const Matrix& matrix) {
         constexpr int kWidth = decltype(width)::value;
-        const int64_t outer = decltype(by_column)::value ? Tile<T, kWidth>::row_blocks(matrix)
-                                                         : matrix.rows() / matrix.weights;
-        const int64_t inner = decltype(by_column)::value ? 1 : matrix.column_blocks;
-        sums = torch::stable::new_empty(weight, {outer, matrix.weights, inner});
-        backward_kernel<kWidth, decltype(by_column)::value, Activation>
-            <<<Tile<T, kWidth>::blocks(matrix), kThreads, 0, stream>>>(
-                grad_ptr, x_ptr, static_cast<const float*>(weight.const_data_ptr()), result_ptr,
-                static_cast<float*>(sums.mutable_data_ptr()), matrix);
+        constexpr bool kByColumn = decltype(by_column)::value;
+        const auto shape = shape_of_sums<kByColumn, kWidth, T>(matrix);
+        const std::array<int64_t, 3> stride{shape[1] * shape[2], shape[2], 1};
+        sums = empty_strided({shape.data(), 3}, {stride.data(), 3}, dtype_of(weight), weight);
+        launch_backward<kWidth, kByColumn, Activation>(
+            grad_ptr, x_ptr, static_cast<const float*>(weight.const_data_ptr()), result_ptr,
+            static_cast<float*>(sums.mutable_data_ptr()), matrix, stream);
       };
       with_variant<T>(x.numel(), weight.numel(), stride_of_channels(x), launch, grad_ptr, x_ptr,
                       result_ptr);

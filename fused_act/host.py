@@ -61,20 +61,24 @@ def connect(backend: Backend) -> dict[str, Callable[..., Any]]:
     module = extension()
     if isinstance(module, str):
         return {}
-    paths = (
-        make_path(module, ROWS[name], kernels, backend) for name, kernels in backend.kernels.items()
-    )
-    return {name: path for name, path in zip(backend.kernels, paths) if path is not None}
+    return {
+        name: make_path(module, ROWS[name], kernels, backend)
+        for name, kernels in backend.kernels.items()
+        # A stand-in for kernels may be any function.
+        if all(op is None or isinstance(op, OpOverload) for op in kernels)
+    }
 
 
 def make_path(
     module: ModuleType, row: Row, kernels: Kernels, backend: Backend
-) -> Callable[..., Any] | None:
-    """What calls `row` in C++: `path(x, inplace, parameters) -> y`, or NotImplemented."""
-    recordings = row.recordings(kernels)
-    ops = {field: op for field, op in kernels._asdict().items() if op is not None}
-    if recordings is None or not all(isinstance(op, OpOverload) for op in ops.values()):
-        return None
-    names = {field: tuple(op.name().partition(".")[::2]) for field, op in ops.items()}
-    path: Callable[..., Any] = module.Path(kernels, names, backend.device_types, *recordings)
+) -> Callable[..., Any]:
+    """What calls `row` in C++: `path(x, inplace, arguments) -> y`, or NotImplemented."""
+    names = {
+        field: tuple(op.name().partition(".")[::2])
+        for field, op in kernels._asdict().items()
+        if op is not None
+    }
+    path: Callable[..., Any] = module.Path(
+        kernels, names, backend.device_types, *row.recordings(kernels)
+    )
     return path

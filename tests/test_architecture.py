@@ -32,7 +32,7 @@ NAMES_ACTIVATIONS = {
 # from those above it. A package stands for what is in it.
 LAYERS = [
     {"version", "_torch_private", "dispatch", "libraries", "extensions"},
-    {"families.raw_op"},
+    {"families.raw_op", "families.recording"},
     {"families.compiled"},
     {"families.base"},
     {"families.masks"},

@@ -34,14 +34,30 @@ import fused_act
 from fused_act import MishFunction, dispatch, extensions, host
 from fused_act.dispatch import DTYPES
 from tests.shared import compiling, cpu_ops
-from tests.shared.cases import DEVICE, ON_HOST, all_backends, all_dtypes, elementwise_rows
+from tests.shared.cases import (
+    ALL_CASES,
+    DEVICE,
+    ON_HOST,
+    all_backends,
+    all_dtypes,
+    all_rows,
+    elementwise_rows,
+    of_family,
+)
 
 pytestmark = [
     pytest.mark.skipif(compiling.COMPILER is None, reason="needs a C++ compiler"),
     pytest.mark.skipif(isinstance(host.extension(), str), reason="needs the host extension"),
 ]
 both_ways = pytest.mark.parametrize("way", ON_HOST)
-in_place_or_not = pytest.mark.parametrize("inplace", [False, True], ids=["", "inplace"])
+rows_in_place_or_not = pytest.mark.parametrize(
+    ("case", "inplace"),
+    [
+        pytest.param(case, inplace, id=f"{case}{'-inplace' if inplace else ''}")
+        for case in ALL_CASES
+        for inplace in (False, True)[: 1 + case.has_inplace]
+    ],
+)
 
 
 @pytest.fixture
@@ -118,11 +134,12 @@ def all_of(case, inplace, dtype, layout, gradient):
     return versions, [z, y, first, kept, second]
 
 
-@elementwise_rows
-@in_place_or_not
+@rows_in_place_or_not
 @all_dtypes
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_as_in_python_bit_for_bit(case, inplace, dtype, layout):
+    if case.row.family == "mirrored" and layout in ("offset", "row", "scalar"):
+        layout = "gapped"  # the others have no dimension 1
     for gradient in GRADIENTS:
         if inplace and layout == "expanded":
             layout = "gapped"  # what is expanded must not be written
@@ -135,8 +152,7 @@ def test_as_in_python_bit_for_bit(case, inplace, dtype, layout):
         assert versions == expected_versions == (int(inplace), int(inplace))
 
 
-@elementwise_rows
-@in_place_or_not
+@rows_in_place_or_not
 def test_derivatives_to_the_third(case, inplace, calls):
     results = []
     for function in (case.function, case.torch_function):
@@ -153,6 +169,116 @@ def test_derivatives_to_the_third(case, inplace, calls):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
+weighted_rows = of_family("weighted")
+WEIGHTS = {
+    "scalar": lambda: values(1)[0],
+    "one": lambda: values(1),
+    "channels": lambda: values(6),
+    "gapped": lambda: values(12)[::2],
+    "expanded": lambda: values(1).expand(6),
+    "of the dtype of x": lambda: values(6, dtype=torch.bfloat16),
+}
+
+
+@weighted_rows
+@pytest.mark.parametrize("make", WEIGHTS.values(), ids=WEIGHTS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("autocasts", [False, True], ids=["", "autocast"])
+def test_weights_as_in_python_bit_for_bit(case, make, dtype, autocasts):
+    """Also where only one of both gradients is wanted, or only one of both requires grad."""
+    results, counts = [], []
+    for way in (cpu_ops.in_cpp, cpu_ops.in_python):
+        torch.manual_seed(0)
+        x, weight, found = values(5, 6, 4, dtype=dtype), make(), []
+        with way() as counter, torch.autocast("cpu", torch.bfloat16, enabled=autocasts):
+            for inputs in ((x, weight), (x, weight.detach()), (x.detach(), weight)):
+                try:
+                    y = case.facts.function(*inputs)
+                except (RuntimeError, TypeError) as error:
+                    found.append(str(error))
+                    continue
+                needed = [each for each in inputs if each.requires_grad]
+                for wanted in (needed, *([each] for each in needed)):
+                    grads = torch.autograd.grad(y, wanted, y.cos(), create_graph=True)
+                    total = sum((grad.float() ** 2).sum() for grad in grads)
+                    second = torch.autograd.grad(
+                        total, wanted, allow_unused=True, retain_graph=True
+                    )
+                    first = torch.autograd.grad(y, wanted, y.cos(), retain_graph=True)
+                    found += [y, *first, *grads, *second]
+        results.append(found)
+        counts.append(counter and (counter.taken, counter.declined))
+    fits = (
+        (autocasts and case.row.autocasts)
+        or weight.dtype is dtype
+        or (case.row.takes_fp32 and weight.dtype is torch.float32)
+    )
+    assert counts[0] == ((3, 0) if fits else (0, 3))
+    for ours, theirs in zip(*results, strict=True):
+        if isinstance(theirs, str):
+            assert ours == theirs
+        else:
+            assert_same([ours], [theirs])
+
+
+@weighted_rows
+def test_weights_that_python_decides_about(case):
+    x = values(5, 6)
+    of_others = {
+        "too many": values(5),
+        "a matrix": values(6, 1),
+        "double": values(6).double(),
+        "sparse": values(6).detach().to_sparse(),
+        "negated": torch._neg_view(values(6).detach()),
+        "meta": torch.empty(6, device="meta"),
+    }
+    for name, weight in of_others.items():
+        with cpu_ops.in_cpp() as counter:
+            with contextlib.suppress(RuntimeError, TypeError, ValueError):
+                case.facts.function(x, weight)
+            assert (counter.taken, counter.declined) == (0, 1), name
+    path = cpu_ops.CSRC.paths[case.name]
+    assert path(x, True, (values(6),)) is NotImplemented
+    for arguments in ((), (1.0,), (None,), (values(6), values(6))):
+        assert path(x, False, arguments) is NotImplemented
+
+
+@weighted_rows
+@both_ways
+@pytest.mark.usefixtures("way_to_ops")
+def test_a_weight_with_a_tangent_or_written_later(case, way):
+    x, weight = values(5, 6), values(6)
+    with forward_ad.dual_level(), contextlib.suppress(NotImplementedError):
+        dual = forward_ad.make_dual(weight, torch.ones(6))
+        assert forward_ad.unpack_dual(case.facts.function(x, dual)).tangent is not None
+    y = case.facts.function(x, weight)
+    with torch.no_grad():
+        weight.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()
+
+
+@weighted_rows
+def test_hooks_that_compiled_autograd_does_not_take(case, calls):
+    y = case.facts.function(values(5, 6), values(6))
+    y.grad_fn.register_hook(lambda outputs, grads: None)
+    compiled = torch._dynamo.compiled_autograd._enable(torch.compile(backend="eager"))
+    with compiled, pytest.raises(NotImplementedError, match=r"FunctionBackward has hooks"):
+        y.sum().backward(create_graph=True)
+
+
+@of_family("mirrored")
+def test_dimensions_that_python_decides_about(case):
+    x, path = values(3, 5), cpu_ops.CSRC.ready().paths[case.name]
+    for dim in (-3, 2, 2**70, -(2**70), True, 1.0, None, torch.tensor(1)):
+        assert path(x, False, (dim,)) is NotImplemented
+    assert path(torch.tensor(1.0), False, (0,)) is NotImplemented
+    with cpu_ops.in_cpp(), pytest.raises(IndexError):
+        case.facts.function(x, 2)
+    for dim in (-2, -1, 0, 1):
+        assert torch.equal(path(x, False, (dim,)), case.row.torch_forward(x, dim))
+
+
 class Cut(torch.autograd.Function):
     """Gives no gradient to what comes before it."""
 
@@ -165,9 +291,8 @@ class Cut(torch.autograd.Function):
         return None
 
 
-@elementwise_rows
+@rows_in_place_or_not
 @both_ways
-@in_place_or_not
 @pytest.mark.usefixtures("way_to_ops")
 def test_an_undefined_gradient_stays_undefined(case, way, inplace):
     for function in (case.function, case.torch_function):
@@ -176,7 +301,7 @@ def test_an_undefined_gradient_stays_undefined(case, way, inplace):
         assert torch.autograd.grad(y.sum(), x, allow_unused=True) == (None,)
 
 
-@elementwise_rows
+@all_rows
 @both_ways
 @pytest.mark.usefixtures("way_to_ops")
 def test_versions_and_freed_graphs(case, way):
@@ -235,7 +360,7 @@ def test_what_was_saved_before_a_write_is_found_changed(case, way):
         squared.sum().backward()
 
 
-@elementwise_rows
+@all_rows
 def test_inference_mode(case, calls):
     with torch.inference_mode():
         x = torch.randn(5)
@@ -246,11 +371,10 @@ def test_inference_mode(case, calls):
         case.function(ordinary)
         case.function(ordinary, inplace=True)
     assert calls.declined == 0
-    assert ordinary._version == 1
+    assert ordinary._version == case.has_inplace
 
 
-@elementwise_rows
-@in_place_or_not
+@rows_in_place_or_not
 def test_hooks_run_where_autograd_is_on(case, inplace, calls):
     """A hook that detaches what it packs would lose versions where they are off."""
     seen = []
@@ -263,7 +387,8 @@ def test_hooks_run_where_autograd_is_on(case, inplace, calls):
     source = x * 1
     with graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         y = case.function(source, inplace=inplace)
-    assert seen == [[False] * len(KEYS)] * (1 + (case.saves == "mask"))
+    count = 1 + (case.saves == "mask" or case.row.family == "weighted")
+    assert seen == [[False] * len(KEYS)] * count
     y.sum().backward()
     refused = graph.saved_tensors_hooks(lambda tensor: 1 / 0, lambda tensor: tensor)
     with refused, pytest.raises(ZeroDivisionError):
@@ -309,9 +434,8 @@ def test_in_a_forked_process(calls):
     assert torch.equal(found, gradient_in_a_child(x))
 
 
-@elementwise_rows
+@rows_in_place_or_not
 @both_ways
-@in_place_or_not
 @pytest.mark.usefixtures("way_to_ops")
 def test_what_a_node_tells(case, way, inplace):
     x = values()
@@ -325,18 +449,21 @@ def test_what_a_node_tells(case, way, inplace):
     assert node is y.grad_fn
     assert node._forward_cls is function
     assert node.kernels is cpu_ops.CSRC.kernels[case.name]
-    assert node.parameters == case.parameters
+    assert getattr(node, "parameters", ()) == case.parameters
     if case.saves == "mask":
         assert (node.shape, node.stride) == ((3, 5), (5, 1))
-    kept, *anchor = node.saved_tensors
-    assert [each.shape for each in anchor] == [(0,)] * (case.saves == "mask")
+    is_weighted = case.row.family == "weighted"
+    kept, *beside = node.saved_tensors
+    shapes = [(0,)] * (case.saves == "mask") + [(1,)] * is_weighted
+    assert [each.shape for each in beside] == shapes
     assert kept.dtype is (torch.uint8 if case.saves == "mask" else torch.float32)
     node.metadata["key"] = "value"
     assert y.grad_fn.metadata["key"] == "value"
-    assert len(node._raw_saved_tensors) == 1 + (way == "csrc-python" and case.saves == "mask")
+    count = 1 + is_weighted + (way == "csrc-python" and case.saves == "mask")
+    assert len(node._raw_saved_tensors) == count
 
 
-@elementwise_rows
+@all_rows
 @both_ways
 @pytest.mark.usefixtures("way_to_ops")
 def test_anomaly_mode_names_the_node(case, way):
@@ -345,7 +472,7 @@ def test_anomaly_mode_names_the_node(case, way):
         with pytest.raises(
             RuntimeError, match=f"{case.row.spelling}FunctionBackward' returned nan"
         ):
-            y.backward(torch.full((3, 5), float("nan")))
+            y.backward(torch.full_like(y, float("nan")))
 
 
 class OfTensors(TorchDispatchMode):
@@ -414,7 +541,7 @@ def test_a_default_device_changes_nothing(calls):
     assert (calls.taken, calls.declined) == (1, 0)
 
 
-@elementwise_rows
+@all_rows
 def test_forward_mode(case, calls):
     """A dual tensor is torch's; so is a gradient that has a tangent, of a graph made before."""
     x, tangent = values().detach(), torch.randn(3, 5)
@@ -425,7 +552,7 @@ def test_forward_mode(case, calls):
         with forward_ad.dual_level():
             dual = forward_ad.make_dual(x, tangent)
             found = [forward_ad.unpack_dual(function(dual)).tangent]
-            ones = forward_ad.make_dual(torch.ones(3, 5), tangent)
+            ones = forward_ad.make_dual(torch.ones_like(y), torch.full_like(y, 2))
             with contextlib.suppress(NotImplementedError):
                 (grad,) = torch.autograd.grad(y, leaf, ones)
                 found.append(forward_ad.unpack_dual(grad).tangent)
@@ -435,17 +562,18 @@ def test_forward_mode(case, calls):
         torch.testing.assert_close(ours, theirs)
 
 
-@elementwise_rows
+@all_rows
 def test_a_graph_of_before_is_differentiated_in_a_batch(case, calls):
     x = values(5)
-    y = case.function(x)
-    (jacobian,) = torch.autograd.grad(y, x, torch.eye(5), is_grads_batched=True)
-    assert torch.equal(jacobian, torch.diag(torch.diag(jacobian)))
+    results = []
+    for function in (case.function, case.torch_function):
+        y = function(x)
+        results += torch.autograd.grad(y, x, torch.eye(y.numel()), is_grads_batched=True)
+    torch.testing.assert_close(*results)
 
 
-@elementwise_rows
+@rows_in_place_or_not
 @both_ways
-@in_place_or_not
 @pytest.mark.usefixtures("way_to_ops")
 @pytest.mark.parametrize("in_forward", [False, True], ids=["in backward", "in forward"])
 def test_checkpoint_whose_passes_go_different_ways(case, way, inplace, in_forward):
@@ -468,7 +596,7 @@ def two_activations(function, inplace, x):
     return y.sin()
 
 
-@elementwise_rows
+@all_rows
 @both_ways
 @pytest.mark.usefixtures("way_to_ops")
 def test_gradients_in_a_batch_with_tangents(case, way):
@@ -478,7 +606,8 @@ def test_gradients_in_a_batch_with_tangents(case, way):
         x = values(4)
         y = function(x * 1)
         with forward_ad.dual_level():
-            grads = forward_ad.make_dual(torch.eye(4), torch.ones(4, 4))
+            grads = torch.eye(y.numel())
+            grads = forward_ad.make_dual(grads, torch.ones_like(grads))
             try:
                 (jacobian,) = torch.autograd.grad(y, x, grads, is_grads_batched=True)
                 results.append(forward_ad.unpack_dual(jacobian).tangent)
@@ -530,7 +659,7 @@ def test_a_node_whose_hook_raised_says_so():
         x.sum().backward()
 
 
-@elementwise_rows
+@all_rows
 def test_a_mode_sees_the_op_in_backward(case, calls):
     class Seen(TorchDispatchMode):
         names = ()
@@ -545,7 +674,7 @@ def test_a_mode_sees_the_op_in_backward(case, calls):
     assert [name for name in seen.names if name.startswith(f"fused_act_csrc.{case.name}_backward")]
 
 
-@elementwise_rows
+@all_rows
 @both_ways
 @pytest.mark.usefixtures("way_to_ops")
 def test_threads_share_a_graph(case, way):
@@ -580,8 +709,7 @@ class Marker:
     pass
 
 
-@elementwise_rows
-@in_place_or_not
+@rows_in_place_or_not
 def test_no_cycle_keeps_a_graph(case, inplace, calls):
     """With the collector off, what hangs at a node goes with the last reference to the output."""
     gc.collect()
@@ -608,13 +736,13 @@ def test_no_cycle_keeps_a_graph(case, inplace, calls):
 
 
 @pytest.mark.full
-@elementwise_rows
+@all_rows
 def test_memory_stays_flat(case, calls):
     x = values(1 << 10)
 
     def steps(count):
         for _ in range(count):
-            y = case.function(case.function(x), inplace=False)
+            y = case.function(x * 2)
             torch.autograd.grad((y * case.function(x * 1, inplace=True)).sum(), x)
 
     def resident():

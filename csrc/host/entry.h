@@ -3,6 +3,7 @@
 
 #include <ATen/ExpandUtils.h>
 #include <ATen/PythonTorchFunctionTLS.h>
+#include <ATen/autocast_mode.h>
 #include <c10/core/InferenceMode.h>
 #include <torch/csrc/autograd/functions/utils.h>
 
@@ -28,11 +29,14 @@ inline bool is_other_function_mode_active() {
   return false;
 }
 
-// Whether the kernels take `x` here and now; sets `needs_grad`. All else is Python's to decide.
-inline bool takes(const Entry& entry, const Tensor& x, bool inplace, bool& needs_grad) {
+// Whether the kernels take `x` here and now, and a `weight` as plain as that, which is undefined
+// where there is none; sets `needs_grad`. All else is Python's to decide.
+inline bool takes(const Entry& entry, const Tensor& x, const Tensor& weight, bool inplace,
+                  bool& needs_grad) {
   // The keys of x tell that it is on the right device and strided, and neither nested, negated nor
   // conjugated, nor wrapped by a transform or dispatched to Python.
-  if (!entry.has_keys(x)) {
+  const bool has_weight = weight.defined();
+  if (!entry.has_keys(x) || (has_weight && !entry.has_keys(weight))) {
     return false;
   }
   const auto dtype = x.scalar_type();
@@ -42,10 +46,11 @@ inline bool takes(const Entry& entry, const Tensor& x, bool inplace, bool& needs
   // Transforms, dispatch modes, functionalization and tracing are keys that a thread includes.
   const auto local = c10::impl::tls_local_dispatch_key_set();
   if (!(local.included_ - c10::default_included_set).empty() || is_other_function_mode_active() ||
-      has_tangent(x)) {
+      has_tangent(x) || (has_weight && has_tangent(weight))) {
     return false;
   }
-  needs_grad = c10::GradMode::is_enabled() && x.requires_grad();
+  needs_grad =
+      c10::GradMode::is_enabled() && (x.requires_grad() || (has_weight && weight.requires_grad()));
   if (needs_grad && local.excluded_.has_any(c10::autograd_dispatch_keyset)) {
     return false;
   }
@@ -54,11 +59,30 @@ inline bool takes(const Entry& entry, const Tensor& x, bool inplace, bool& needs
                       (!x.is_inference() || c10::InferenceMode::is_enabled()));
 }
 
+// Whether the kernels take `weight` with `x`: the rule of `fits` in Python.
+inline bool fits(const Entry& entry, const Tensor& x, const Tensor& weight) {
+  const auto dtype = weight.scalar_type();
+  return weight.device() == x.device() &&
+         (dtype == x.scalar_type() || (entry.takes_fp32 && dtype == at::kFloat)) &&
+         weight.dim() <= 1 &&
+         (weight.numel() == 1 || weight.numel() == (x.dim() > 1 ? x.size(1) : 1));
+}
+
+// Has `x` and `weight` in the dtype of autocast, where that casts what this activation takes.
+inline void autocast(const Entry& entry, Tensor& x, Tensor& weight) {
+  const auto device = x.device().type();
+  if (entry.autocasts && at::autocast::is_autocast_enabled(device)) {
+    const auto dtype = at::autocast::get_autocast_dtype(device);
+    x = x.to(dtype);
+    weight = weight.to(dtype);
+  }
+}
+
 // The op's result, below autograd: y, and in `mask` what it returns beside y.
-inline Tensor call_forward(const Entry& entry, const Tensor& x, bool inplace,
+inline Tensor call_forward(const Entry& entry, const Tensor& x, const Tensor& weight, bool inplace,
                            const Parameters& parameters, Tensor* mask) {
   const at::AutoDispatchBelowADInplaceOrView guard;
-  Stack stack = stack_of(parameters, x);
+  Stack stack = stack_of(entry, parameters, x, as_vector(weight));
   if (inplace) {
     stack.emplace_back(x);
     entry.ops[mask == nullptr ? kForwardOut : kForwardWithMaskOut]->callBoxed(stack);
@@ -72,9 +96,9 @@ inline Tensor call_forward(const Entry& entry, const Tensor& x, bool inplace,
 }
 
 // y = f(x), where y is x if `inplace`, without a node.
-inline Tensor compute(const Entry& entry, const Tensor& x, bool inplace,
+inline Tensor compute(const Entry& entry, const Tensor& x, const Tensor& weight, bool inplace,
                       const Parameters& parameters) {
-  Tensor y = call_forward(entry, x, inplace, parameters, nullptr);
+  Tensor y = call_forward(entry, x, weight, inplace, parameters, nullptr);
   if (inplace && !x.is_inference()) {
     torch::autograd::impl::bump_version(x);
   }
@@ -82,16 +106,16 @@ inline Tensor compute(const Entry& entry, const Tensor& x, bool inplace,
 }
 
 // The stride in which kernels write what belongs to x: its own, or that of its dense copy.
-inline Stride dense_stride(const Tensor& x) {
+inline SymInts dense_stride(const Tensor& x) {
   const auto stride = x.is_non_overlapping_and_dense()
                           ? x.strides().vec()
                           : at::infer_dense_strides(x.sizes(), x.strides());
-  return Stride(stride.begin(), stride.end());
+  return SymInts(stride.begin(), stride.end());
 }
 
 // y = f(x), where y is x if `inplace`, with a node in the graph. Each SavedVariable is made outside
 // the guards that skip autograd, because hooks may run there.
-inline Tensor record(const Entry& entry, const Tensor& x, bool inplace,
+inline Tensor record(const Entry& entry, const Tensor& x, const Tensor& weight, bool inplace,
                      const Parameters& parameters) {
   namespace autograd = torch::autograd;
   const Saves saves = entry.recording(inplace).saves;
@@ -105,8 +129,13 @@ inline Tensor record(const Entry& entry, const Tensor& x, bool inplace,
     }
     node->saved = SavedVariable(source, false);
   }
+  if (weight.defined()) {
+    node->add_next_edge(autograd::impl::gradient_edge(weight));
+    node->beside = SavedVariable(weight, false);
+  }
   Tensor mask;
-  Tensor y = call_forward(entry, x, inplace, parameters, saves == Saves::kMask ? &mask : nullptr);
+  Tensor y =
+      call_forward(entry, x, weight, inplace, parameters, saves == Saves::kMask ? &mask : nullptr);
   if (inplace) {
     autograd::impl::bump_version(x);
     node->add_input_metadata(x);
@@ -115,10 +144,11 @@ inline Tensor record(const Entry& entry, const Tensor& x, bool inplace,
     autograd::set_history(y, node);
   }
   if (saves == Saves::kMask) {
-    node->stride = dense_stride(y);
+    node->shape = SymInts(x.sizes().begin(), x.sizes().end());
+    node->stride = dense_stride(x);
     node->saved = SavedVariable(mask, false);
     if (node->saved.has_hooks()) {
-      node->anchor = SavedVariable(at::empty({0}, y.options()), false);
+      node->beside = SavedVariable(at::empty({0}, y.options()), false);
     }
   } else if (saves == Saves::kY) {
     node->saved = SavedVariable(y, true);

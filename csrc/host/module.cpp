@@ -1,6 +1,5 @@
 // The Python module: `Path`, an activation in one backend, which can be called; and the type of its
 // nodes, which tell of themselves what the node of the Python Function tells.
-#include <torch/csrc/autograd/utils/wrap_outputs.h>
 #include <torch/csrc/utils/pybind.h>
 
 #include "entry.h"
@@ -21,34 +20,71 @@ struct Path {
   const Entry* entry;
 };
 
-// path(x, inplace, parameters) -> y, or NotImplemented where Python is to decide. Parameters are a
-// tuple of floats.
+// What follows x in a call: a weight, or numbers. False where Python is to decide about them.
+bool parse_arguments(const Entry& entry, const Tensor& x, PyObject* arguments, Tensor& weight,
+                     Parameters& parameters) {
+  for (size_t i = 0; i < entry.arguments.size(); i++) {
+    PyObject* argument = PyTuple_GET_ITEM(arguments, static_cast<Py_ssize_t>(i));
+    switch (entry.arguments[i]) {
+      case Argument::kFloat:
+        if (!PyFloat_CheckExact(argument)) {
+          return false;
+        }
+        parameters.push_back(PyFloat_AS_DOUBLE(argument));
+        break;
+      case Argument::kDimension: {
+        if (!PyLong_CheckExact(argument)) {
+          return false;
+        }
+        int overflow = 0;
+        const int64_t dimension = PyLong_AsLongLongAndOverflow(argument, &overflow);
+        if (overflow != 0 || dimension < -x.dim() || dimension >= x.dim()) {
+          return false;
+        }
+        parameters.push_back(static_cast<double>(dimension));
+        break;
+      }
+      case Argument::kWeight:
+        if (!THPVariable_CheckExact(argument)) {
+          return false;
+        }
+        weight = THPVariable_Unpack(argument);
+    }
+  }
+  return true;
+}
+
+// path(x, inplace, arguments) -> y, or NotImplemented where Python is to decide. The arguments are
+// a tuple of what follows x.
 PyObject* call_path(PyObject* self, PyObject* const* args, size_t flagged_count, PyObject* names) {
   HANDLE_TH_ERRORS
   const Entry& entry = *reinterpret_cast<Path*>(self)->entry;
   if (names != nullptr || PyVectorcall_NARGS(flagged_count) != 3 ||
       !THPVariable_CheckExact(args[0]) || !PyBool_Check(args[1]) || !PyTuple_CheckExact(args[2]) ||
-      PyTuple_GET_SIZE(args[2]) != entry.parameter_count) {
+      PyTuple_GET_SIZE(args[2]) != static_cast<Py_ssize_t>(entry.arguments.size())) {
     Py_RETURN_NOTIMPLEMENTED;
   }
-  const Tensor& x = THPVariable_Unpack(args[0]);
+  Tensor x = THPVariable_Unpack(args[0]), weight;
   const bool inplace = args[1] == Py_True;
   bool needs_grad = false;
-  if (!takes(entry, x, inplace, needs_grad)) {
+  Parameters parameters;
+  if ((inplace && !entry.in_place) || !parse_arguments(entry, x, args[2], weight, parameters) ||
+      !takes(entry, x, weight, inplace, needs_grad)) {
     Py_RETURN_NOTIMPLEMENTED;
-  }
-  Parameters parameters(static_cast<size_t>(entry.parameter_count));
-  for (size_t i = 0; i < parameters.size(); i++) {
-    PyObject* parameter = PyTuple_GET_ITEM(args[2], static_cast<Py_ssize_t>(i));
-    if (!PyFloat_CheckExact(parameter)) {
-      Py_RETURN_NOTIMPLEMENTED;
-    }
-    parameters[i] = PyFloat_AS_DOUBLE(parameter);
   }
   Tensor y;
   {
     const py::gil_scoped_release no_gil;
-    y = needs_grad ? record(entry, x, inplace, parameters) : compute(entry, x, inplace, parameters);
+    if (weight.defined()) {
+      autocast(entry, x, weight);
+    }
+    if (!weight.defined() || fits(entry, x, weight)) {
+      y = needs_grad ? record(entry, x, weight, inplace, parameters)
+                     : compute(entry, x, weight, inplace, parameters);
+    }
+  }
+  if (!y.defined()) {
+    Py_RETURN_NOTIMPLEMENTED;
   }
   return inplace ? Py_NewRef(args[0]) : THPVariable_Wrap(std::move(y));
   END_HANDLE_TH_ERRORS
@@ -68,6 +104,9 @@ Recording recording_of(const py::tuple& fields) {
 
 void check_ops(const Entry& entry) {
   for (const bool inplace : {false, true}) {
+    if (inplace && !entry.in_place) {
+      continue;
+    }
     const Recording& recording = entry.recording(inplace);
     bool complete = entry.ops[inplace ? kForwardOut : kForward].has_value() &&
                     entry.ops[backward_field(recording.saves)].has_value();
@@ -89,8 +128,21 @@ void add_keys(std::vector<c10::DispatchKeySet>& keys, const std::string& device_
   keys.push_back(inference);
 }
 
-// Path(kernels, ops, device_types, parameter_count, out_of_place, in_place), where `ops` has the
-// name and the overload of each op by its field, and the last two are the fields of `Recording`.
+// What an op takes after x.
+std::vector<Argument> arguments_of(const c10::OperatorHandle& op) {
+  std::vector<Argument> found;
+  for (const auto& argument : op.schema().arguments()) {
+    const auto kind = argument.type()->kind();
+    found.push_back(kind == c10::TypeKind::FloatType ? Argument::kFloat
+                    : kind == c10::TypeKind::IntType ? Argument::kDimension
+                                                     : Argument::kWeight);
+  }
+  found.erase(found.begin());
+  return found;
+}
+
+// Path(kernels, ops, device_types, out_of_place, in_place, takes_fp32, autocasts), where `ops` has
+// the name and the overload of each op by its field, and the others are those of `Recordings`.
 PyObject* make_path(PyTypeObject* type, PyObject* args, PyObject*) {
   HANDLE_TH_ERRORS
   const auto arguments = py::reinterpret_borrow<py::tuple>(args);
@@ -105,10 +157,14 @@ PyObject* make_path(PyTypeObject* type, PyObject* args, PyObject*) {
   for (const auto device_type : arguments[2]) {
     add_keys(entry.keys, device_type.cast<std::string>());
   }
-  entry.parameter_count = arguments[3].cast<Py_ssize_t>();
-  entry.out_of_place = recording_of(arguments[4]);
-  entry.in_place = recording_of(arguments[5]);
+  entry.out_of_place = recording_of(arguments[3]);
+  if (!arguments[4].is_none()) {
+    entry.in_place = recording_of(arguments[4]);
+  }
+  entry.takes_fp32 = arguments[5].cast<bool>();
+  entry.autocasts = arguments[6].cast<bool>();
   check_ops(entry);
+  entry.arguments = arguments_of(*entry.ops[kForward]);
   entry.kernels = kept(arguments[0]);
   auto* path = reinterpret_cast<Path*>(type->tp_alloc(type, 0));
   if (path == nullptr) {
@@ -130,12 +186,7 @@ PyObject* get_kernels(PyObject* self, void*) { return Py_NewRef(node_of(self).en
 
 PyObject* get_parameters(PyObject* self, void*) {
   HANDLE_TH_ERRORS
-  const Parameters& parameters = node_of(self).parameters;
-  py::tuple found(parameters.size());
-  for (size_t i = 0; i < parameters.size(); i++) {
-    found[i] = parameters[i];
-  }
-  return found.release().ptr();
+  return node_of(self).parameters_for_python().release().ptr();
   END_HANDLE_TH_ERRORS
 }
 
@@ -149,7 +200,7 @@ PyObject* tuple_of(c10::SymIntArrayRef values) {
 
 PyObject* get_shape(PyObject* self, void*) {
   HANDLE_TH_ERRORS
-  return tuple_of(node_of(self).input_metadata(0).shape_as_dim_vector());
+  return tuple_of(node_of(self).shape);
   END_HANDLE_TH_ERRORS
 }
 
@@ -170,7 +221,13 @@ PyObject* get_saved_tensors(PyObject* self, void*) {
 PyObject* get_raw_saved_tensors(PyObject* self, void*) {
   HANDLE_TH_ERRORS
   const auto policy = py::return_value_policy::reference_internal;
-  return py::make_tuple(py::cast(node_of(self).saved, policy, self)).release().ptr();
+  ActivationNode& node = node_of(self);
+  py::list found;
+  found.append(py::cast(node.saved, policy, self));
+  if (node.has_weight()) {
+    found.append(py::cast(node.beside, policy, self));
+  }
+  return py::tuple(found).release().ptr();
   END_HANDLE_TH_ERRORS
 }
 

@@ -24,8 +24,11 @@ namespace fused_act::host {
 using at::Tensor;
 using torch::jit::Stack;
 
-// The float parameters of an activation.
+// The numbers that an activation takes after its tensors. A dimension is exact, too.
 using Parameters = c10::SmallVector<double, 2>;
+
+// What an activation takes after x.
+enum class Argument { kFloat, kDimension, kWeight };
 
 // What a node saves: the input, the output, or one bit an element.
 enum class Saves { kX, kY, kMask };
@@ -54,7 +57,7 @@ struct Recording {
   std::string node;  // the name of its nodes
   Saves saves;
   PyObject* function;  // the autograd Function of Python whose place its nodes take
-  PyObject* formula;   // formula(grad_output, **context) -> grad_input, differentiable
+  PyObject* formula;   // formula(grad_output, **context) -> a gradient an input, differentiable
 };
 
 struct Entry {
@@ -62,14 +65,19 @@ struct Entry {
   PyObject* kernels;  // the Python `Kernels`
   std::array<std::optional<c10::OperatorHandle>, kFieldCount> ops;
   std::vector<c10::DispatchKeySet> keys;  // of the tensors that it takes
-  Py_ssize_t parameter_count;
-  Recording out_of_place, in_place;
+  std::vector<Argument> arguments;
+  bool takes_fp32;  // whether the weight of a 16-bit x may be in fp32
+  bool autocasts;   // whether autocast has x and the weight in the lower precision
+  Recording out_of_place;
+  std::optional<Recording> in_place;
 
   bool has_keys(const Tensor& x) const {
     return std::find(keys.begin(), keys.end(), x.key_set()) != keys.end();
   }
 
-  const Recording& recording(bool inplace) const { return inplace ? in_place : out_of_place; }
+  const Recording& recording(bool inplace) const { return inplace ? *in_place : out_of_place; }
+
+  bool is_dimension(size_t parameter) const { return arguments[parameter] == Argument::kDimension; }
 };
 
 // Nodes and compiled graphs refer to entries, so entries stay where they are.
@@ -97,16 +105,32 @@ inline Table& table() {
   return *found;
 }
 
-// The arguments of an op: tensors, then parameters.
+// The arguments of an op: tensors, of which those that are not defined are left out, then numbers.
 template <class... Tensors>
-Stack stack_of(const Parameters& parameters, const Tensors&... tensors) {
+Stack stack_of(const Entry& entry, const Parameters& parameters, const Tensors&... tensors) {
   Stack stack;
   stack.reserve(sizeof...(tensors) + parameters.size() + 1);  // `out` or a stride may follow
-  (stack.emplace_back(tensors), ...);
-  for (const double parameter : parameters) {
-    stack.emplace_back(parameter);
+  const auto add = [&](const Tensor& tensor) {
+    if (tensor.defined()) {
+      stack.emplace_back(tensor);
+    }
+  };
+  (add(tensors), ...);
+  for (size_t i = 0; i < parameters.size(); i++) {
+    if (entry.is_dimension(i)) {
+      stack.emplace_back(static_cast<int64_t>(parameters[i]));
+    } else {
+      stack.emplace_back(parameters[i]);
+    }
   }
   return stack;
+}
+
+// A weight as the kernels take it, below autograd; one that is not defined stays so.
+inline Tensor as_vector(const Tensor& weight) {
+  const bool is_vector = !weight.defined() || (weight.scalar_type() == at::kFloat &&
+                                               weight.dim() == 1 && weight.is_contiguous());
+  return is_vector ? weight : weight.to(at::kFloat).reshape({-1}).contiguous();
 }
 
 }  // namespace fused_act::host

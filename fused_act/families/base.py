@@ -11,11 +11,12 @@ from __future__ import annotations
 import dataclasses
 import numbers
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, TypeGuard, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeGuard, TypeVar
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import Node
+from torch.compiler import is_dynamo_compiling
 
 from fused_act import dispatch
 from fused_act._torch_private import (
@@ -27,25 +28,9 @@ from fused_act._torch_private import (
 from fused_act.dispatch import DTYPES, PLAIN, Kernels
 from fused_act.families.compiled import define_graph_op, first, holds
 from fused_act.families.raw_op import RawOp
+from fused_act.families.recording import Recordings
 
 Result = TypeVar("Result")
-
-
-class Recording(NamedTuple):
-    """How C++ records a call for autograd: the node does what that of a Function does.
-
-    Args:
-        node: the name of the node.
-        saves: what it saves for backward: "x", "y" or a "mask".
-        function: the Function in whose place it is.
-        formula: `formula(grad_output, **context) -> grad_input`, for a backward that is
-            differentiated; `context` has the attributes of the Function's context.
-    """
-
-    node: str
-    saves: str
-    function: type[KernelFunction]
-    formula: Callable[..., Tensor | None]
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
@@ -120,15 +105,25 @@ class Row:
         """The raw ops, keyed by the field of `Kernels` that calls them."""
         raise NotImplementedError
 
-    def recordings(self, kernels: Kernels) -> tuple[int, Recording, Recording] | None:
-        """The number of parameters and the recordings of a call out of place and in place.
+    def recordings(self, kernels: Kernels) -> Recordings:
+        """How C++ records what the Functions do with these kernels."""
+        raise NotImplementedError
 
-        None where all calls go through Python.
+    def activate(self, x: Tensor, *args: Any, inplace: bool = False) -> Tensor:
+        """Compute the activation of `x`, recording it for autograd where that needs a gradient.
+
+        `args` are the weight or the parameters, and `inplace` is for rows that have such a way.
         """
-        return None
+        if not is_dynamo_compiling():
+            path = (dispatch.forced or dispatch.settled).paths.get(self.name)
+            if path is not None:
+                y = path(x, inplace, args)
+                if y is not NotImplemented:
+                    return y  # type: ignore[no-any-return] # C++ has no types
+        return self.activate_in_python(x, *args, inplace=inplace)
 
-    def activate(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """What the public function computes, out of place."""
+    def activate_in_python(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Likewise where C++ does not. Apart, because a small function is fast where it is cold."""
         raise NotImplementedError
 
 

@@ -17,20 +17,17 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from types import SimpleNamespace
-from typing import Any, ClassVar, Literal, Protocol, cast
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import Node
+from torch.autograd.graph import Node, increment_version
 from torch.compiler import is_dynamo_compiling
 
-from fused_act import dispatch
-from fused_act._torch_private import below_autograd, is_view, unwrap_if_dead
+from fused_act._torch_private import is_view, unwrap_if_dead
 from fused_act.dispatch import Kernels
 from fused_act.families.base import (
     KernelFunction,
-    Recording,
     Row,
     call,
     convert,
@@ -50,6 +47,7 @@ from fused_act.families.elementwise_ops import (
 )
 from fused_act.families.masks import MaskContext, save_mask, unpack, zeros_of_input
 from fused_act.families.raw_op import RawOp, dense_stride, like_x
+from fused_act.families.recording import Recording, Recordings
 
 
 class ElementwiseContext(MaskContext, Protocol):
@@ -197,18 +195,14 @@ class Elementwise(Row):
 
         return function_class(self, "InplaceFunction", saves, forward, backward)
 
-    def recordings(self, kernels: Kernels) -> tuple[int, Recording, Recording]:
+    def recordings(self, kernels: Kernels) -> Recordings:
         def recording(function: type[KernelFunction], with_mask: object, saves: str) -> Recording:
             what = "mask" if with_mask is not None else "y" if saves == "y" else "x"
+            return Recording.of(
+                function, what, lambda ctx, grad: (grad_input(self, saves, ctx, grad),)
+            )
 
-            def formula(grad_output: Tensor, **context: Any) -> Tensor | None:
-                ctx = cast(ElementwiseContext, SimpleNamespace(**context))
-                return grad_input(self, saves, ctx, grad_output)
-
-            return Recording(f"{function.__name__}Backward", what, function, formula)
-
-        return (
-            len(self.parameters),
+        return Recordings(
             recording(self.Function, kernels.forward_with_mask, self.saves),
             recording(self.InplaceFunction, kernels.forward_with_mask_out, self.saves_inplace),
         )
@@ -217,18 +211,7 @@ class Elementwise(Row):
         parameters = self.torch_parameters(node)
         return None if parameters is None else lambda x: self.eager.forward(x, *parameters)
 
-    def activate(self, x: Tensor, *parameters: float, inplace: bool = False) -> Tensor:
-        """Compute the activation of `x`, recording it for autograd where `x` requires grad."""
-        if not is_dynamo_compiling():
-            path = (dispatch.forced or dispatch.settled).paths.get(self.name)
-            if path is not None:
-                y = path(x, inplace, parameters)
-                if y is not NotImplemented:
-                    return y  # type: ignore[no-any-return] # C++ has no types
-        return self.activate_in_python(x, *parameters, inplace=inplace)
-
-    def activate_in_python(self, x: Tensor, *parameters: float, inplace: bool) -> Tensor:
-        """Likewise where C++ does not. Apart, because a small function is fast where it is cold."""
+    def activate_in_python(self, x: Tensor, *parameters: float, inplace: bool = False) -> Tensor:
         kernels = kernels_for(self, x, *parameters)
         if kernels is self.eager:
             return self.torch_forward(x, *parameters, inplace=inplace)
@@ -244,16 +227,16 @@ class Elementwise(Row):
         if not inplace:
             if needs_grad:
                 return first(self.Function.apply_kernels(x, *parameters, kernels))
-            with below_autograd():
-                return kernels.forward(x, *parameters)
+            return call(kernels.forward, x, *parameters)
         # Which leaf or view may be written torch knows, and it raises before it writes; likewise an
         # inference tensor outside inference mode.
         forbidden = x.is_inference() and not torch.is_inference_mode_enabled()
         if forbidden or (needs_grad and (x.is_leaf or is_view(x))):
             return self.torch_forward(x, *parameters, inplace=True)
         if not needs_grad:
-            with below_autograd():
-                kernels.forward_out(x, *parameters, out=x)  # type: ignore[misc]
+            call(kernels.forward_out, x, *parameters, out=x)
+            if not x.is_inference():
+                increment_version(x)
             return x
         keeps_x = kernels.forward_with_mask_out is None and self.saves_inplace != "y"
         source = x.clone() if keeps_x else x

@@ -43,10 +43,11 @@ from fused_act.families.raw_op import (
     empty_mask,
     empty_strided,
 )
+from fused_act.families.recording import Recording, Recordings
 
 
 class MirroredContext(MaskContext, Protocol):
-    dim: int
+    parameters: tuple[int]  # dim
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
@@ -80,8 +81,9 @@ class Mirrored(Row):
         ) -> Tensor | tuple[Tensor, Tensor]:
             # CUDA's backward runs on engine threads and maybe after `use_backend` has ended.
             kernels = self.kernels_along(x, dim) if kernels is None else kernels
-            ctx.kernels, ctx.dim = kernels, dim
+            ctx.kernels, ctx.parameters = kernels, (dim,)
             if kernels is self.eager:
+                ctx.set_materialize_grads(False)
                 ctx.save_for_backward(x)
                 return self.torch_forward(x, dim)
             y, mask = call(kernels.forward_with_mask, x, dim)
@@ -90,23 +92,14 @@ class Mirrored(Row):
         def backward(
             ctx: MirroredContext, grad_output: Tensor | None, grad_anchor: Tensor | None = None
         ) -> tuple[Tensor | None, ...]:
-            saved, *anchor = ctx.saved_tensors
-            dim = ctx.dim
-            if grad_output is None:
-                return zeros_of_input(ctx, anchor[0]), None, None
-            if ctx.kernels is self.eager:
-                return self.torch_backward(grad_output, saved, -saved, dim), None, None
-            if not is_backward_differentiated():
-                return call(ctx.kernels.backward, grad_output, saved, dim, ctx.stride), None, None
-            layout = Layout.of(ctx.shape, ctx.stride, dim)
-            bits = unpack(saved)[..., : layout.columns].reshape(-1)
-            signs = bits.as_strided(layout.shape, layout.stride).to(grad_output.dtype) * 2 - 1
-            x, mirrored = (
-                signs.narrow(dim, start, ctx.shape[dim]) for start in (0, ctx.shape[dim])
-            )
-            return self.torch_backward(grad_output, x, mirrored, dim) + anchor[0].sum(), None, None
+            return grad_input(self, ctx, grad_output, grad_anchor), None, None
 
         return function_class(self, "Function", "mask", forward, backward)
+
+    def recordings(self, kernels: Kernels) -> Recordings:
+        return Recordings(
+            Recording.of(self.Function, "mask", lambda ctx, grad: (grad_input(self, ctx, grad),))
+        )
 
     def kernels_along(self, x: Tensor, dim: int) -> Kernels:
         """The kernels for `x`; torch's own ops also along a `dim` that does not exist.
@@ -117,8 +110,7 @@ class Mirrored(Row):
         exists = kernels is self.eager or (type(dim) is int and -x.dim() <= dim < x.dim())
         return kernels if exists else self.eager
 
-    def activate(self, x: Tensor, dim: int) -> Tensor:
-        """Compute the activation of `x`, recording it for autograd where `x` requires grad."""
+    def activate_in_python(self, x: Tensor, dim: int, inplace: bool = False) -> Tensor:
         kernels = self.kernels_along(x, dim)
         if kernels is self.eager:
             return self.torch_forward(x, dim)
@@ -150,6 +142,30 @@ class Mirrored(Row):
             "forward_with_mask": RawOp(masked, empty_y_and_mask, check_x),
             "backward": RawOp(f"{name}_backward({args}) -> Tensor", empty_x, check_backward),
         }
+
+
+def grad_input(
+    row: Mirrored,
+    ctx: MirroredContext,
+    grad_output: Tensor | None,
+    grad_anchor: Tensor | None = None,
+) -> Tensor | None:
+    """The gradient with respect to `x`, as `elementwise.grad_input`."""
+    if grad_output is None and grad_anchor is None:
+        return None
+    saved, *anchor = ctx.saved_tensors
+    (dim,) = ctx.parameters
+    if grad_output is None:
+        return zeros_of_input(ctx, anchor[0])
+    if ctx.kernels is row.eager:
+        return row.torch_backward(grad_output, saved, -saved, dim)
+    if not is_backward_differentiated():
+        return call(ctx.kernels.backward, grad_output, saved, dim, ctx.stride)
+    layout = Layout.of(ctx.shape, ctx.stride, dim)
+    bits = unpack(saved)[..., : layout.columns].reshape(-1)
+    signs = bits.as_strided(layout.shape, layout.stride).to(grad_output.dtype) * 2 - 1
+    x, mirrored = (signs.narrow(dim, start, ctx.shape[dim]) for start in (0, ctx.shape[dim]))
+    return row.torch_backward(grad_output, x, mirrored, dim) + anchor[0].sum()
 
 
 class Layout(NamedTuple):

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -32,6 +33,7 @@ from fused_act.families.base import (
 )
 from fused_act.families.compiled import graph_name, outside
 from fused_act.families.raw_op import RawOp, check, like_x
+from fused_act.families.recording import Recording, Recordings
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
@@ -74,21 +76,23 @@ class Weighted(Row):
                 kernels = kernels_for(self, x) if self.fits(x, weight) else self.eager
             # CUDA's backward runs on engine threads and maybe after `use_backend` has ended.
             ctx.kernels = kernels
+            ctx.set_materialize_grads(False)
             ctx.save_for_backward(x, weight)
             if ctx.kernels is self.eager:
                 return self.torch_forward(x, weight)
             return call(ctx.kernels.forward, x, as_vector(weight))
 
-        def backward(ctx: Context, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-            x, weight = ctx.saved_tensors
-            if ctx.kernels is self.eager or is_backward_differentiated():
-                return (*outside(torch_gradients, self, ctx, x, weight, grad_output), None)
-            grad_input, grad_weight = call(ctx.kernels.backward, grad_output, x, as_vector(weight))
-            grad_weight = convert(grad_weight, weight.dtype).reshape(weight.shape)
-            needs_input, needs_weight = ctx.needs_input_grad[:2]
-            return grad_input if needs_input else None, grad_weight if needs_weight else None, None
+        def backward(ctx: Context, grad_output: Tensor | None) -> tuple[Tensor | None, ...]:
+            return (*gradients(self, ctx, grad_output), None)
 
         return function_class(self, "Function", "x", forward, backward)
+
+    def recordings(self, kernels: Kernels) -> Recordings:
+        return Recordings(
+            Recording.of(self.Function, "x", partial(gradients, self)),
+            takes_fp32=self.takes_fp32,
+            autocasts=self.autocasts,
+        )
 
     def fits(self, x: Tensor, weight: Tensor) -> bool:
         """Whether the kernels take `weight` with an `x` that they take.
@@ -104,8 +108,7 @@ class Weighted(Row):
             and weight.numel() in (1, channels(x))
         )
 
-    def activate(self, x: Tensor, weight: Tensor) -> Tensor:
-        """Compute the activation of `x`, recording it where `x` or `weight` requires grad."""
+    def activate_in_python(self, x: Tensor, weight: Tensor, inplace: bool = False) -> Tensor:
         kernels = kernels_for(self, x)
         autocasts = kernels is not self.eager and self.autocasts
         if autocasts and torch.is_autocast_enabled(x.device.type):
@@ -171,12 +174,29 @@ def channels(x: Tensor) -> int:
 
 def as_vector(weight: Tensor) -> Tensor:
     """The weight as the kernels take it."""
+    if weight.dtype is torch.float32 and weight.dim() == 1 and weight.is_contiguous():
+        return weight  # three ops less
     return convert(weight, torch.float32).reshape(-1).contiguous()
+
+
+def gradients(
+    row: Weighted, ctx: Context, grad_output: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """Those of x and of the weight, themselves differentiable under `create_graph=True`."""
+    if grad_output is None:
+        return None, None
+    x, weight = ctx.saved_tensors
+    if ctx.kernels is row.eager or is_backward_differentiated():
+        return outside(torch_gradients, row, ctx, x, weight, grad_output)
+    grad_input, grad_weight = call(ctx.kernels.backward, grad_output, x, as_vector(weight))
+    grad_weight = convert(grad_weight, weight.dtype).reshape(weight.shape)
+    needs_input, needs_weight = ctx.needs_input_grad[:2]
+    return grad_input if needs_input else None, grad_weight if needs_weight else None
 
 
 def torch_gradients(
     row: Weighted, ctx: Context, x: Tensor, weight: Tensor, grad_output: Tensor
-) -> list[Tensor | None]:
+) -> tuple[Tensor | None, Tensor | None]:
     """The gradients by torch's own op, differentiable under `create_graph=True`."""
     create_graph = torch.is_grad_enabled()
     needed = [i for i in range(2) if ctx.needs_input_grad[i]]
@@ -186,10 +206,8 @@ def torch_gradients(
         if not create_graph:
             inputs = [each.detach().requires_grad_() for each in inputs]
         y = row.torch_forward(*inputs)
-    grads: list[Tensor | None] = [None, None]
-    found = torch.autograd.grad(
+    grads = torch.autograd.grad(
         y, [inputs[i] for i in needed], grad_output, create_graph=create_graph
     )
-    for i, grad in zip(needed, found):
-        grads[i] = grad
-    return grads
+    found = dict(zip(needed, grads))
+    return found.get(0), found.get(1)

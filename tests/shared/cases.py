@@ -136,7 +136,6 @@ def combinations(ways):
             for way in ways
             for inplace, suffix in ((False, ""), (True, "-inplace"))
             if not inplace or (case.has_inplace and way.id != "Function")
-            if way.id not in ON_HOST or case.row.family in cpu_ops.CONNECTED
         ],
     )
 

@@ -7,7 +7,6 @@ kernels, so that only the way to them differs. Neither is ever installed.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import functools
 import re
 from collections.abc import Callable, Iterator
@@ -17,24 +16,21 @@ import torch
 
 import fused_act
 from fused_act import dispatch, host, ops
-from fused_act.activations import FAMILIES
 from fused_act.dispatch import Backend, Kernels
 from tests.shared.compiling import INCLUDE, LIBRARIES, ROOT, SHARED, shared_library
 
 SOURCES = SHARED / "cpu"
-CONNECTED = ("elementwise",)  # the families whose ops are built
 
 
 def registrations() -> str:
-    """The lines of csrc/register.cu that register the ops of these families."""
+    """The lines of csrc/register.cu that register the ops."""
     text = (ROOT / "csrc" / "register.cu").read_text()
-    line = rf"^ *(?:{'|'.join(CONNECTED)})::implement<.*;$"
-    return " ".join(re.findall(line, text, re.MULTILINE))
+    return " ".join(re.findall(r"^ *\w+::implement<.*;$", text, re.MULTILINE))
 
 
 @functools.cache
-def library(name: str) -> ctypes.CDLL:
-    """The build of a C++ file, loaded."""
+def load_library(name: str) -> None:
+    """Load the build of a C++ file."""
     options = [
         *("-Wno-attributes", f"-I{SOURCES}", f"-DREGISTRATIONS={registrations()}"),
         f"-I{INCLUDE / 'torch' / 'csrc' / 'api' / 'include'}",
@@ -42,25 +38,23 @@ def library(name: str) -> ctypes.CDLL:
     ]
     path = shared_library(SOURCES / f"{name}.cpp", f"cpu_{name}", options)
     torch.ops.load_library(str(path))
-    return ctypes.CDLL(str(path))
 
 
 def load_csrc() -> dict[str, Kernels]:
     ops.define("fused_act_csrc", ("cpu",))
-    library("ops")
-    found = ops.kernels("fused_act_csrc")
-    return {row.name: found[row.name] for family in CONNECTED for row in FAMILIES[family]}
+    load_library("ops")
+    return ops.kernels("fused_act_csrc")
 
 
 def load_torch_kernels() -> dict[str, Kernels]:
-    library("torch_kernels")
+    load_library("torch_kernels")
     # A parameter more or fewer than a raw op has takes an op in between, which costs a dispatch.
-    places = {"mish": "aten", "swish": "fused_act_torch", "relu6": "fused_act_torch"}
+    places = {"mish": "aten"} | dict.fromkeys(("swish", "relu6", "prelu"), "fused_act_torch")
     found = {}
     for name, place in places.items():
         namespace = getattr(torch.ops, place)
         op, backward = getattr(namespace, name), getattr(namespace, f"{name}_backward")
-        found[name] = Kernels(op.default, op.out, backward.default)
+        found[name] = Kernels(op.default, getattr(op, "out", None), backward.default)
     return found
 
 

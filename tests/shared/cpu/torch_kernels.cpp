@@ -1,5 +1,7 @@
 // torch's own CPU kernels under the schemas of raw ops, in the namespace fused_act_torch, where
 // those of torch's ops differ. See cpu_ops.py.
+#include <ATen/ops/_prelu_kernel.h>
+#include <ATen/ops/_prelu_kernel_backward.h>
 #include <ATen/ops/hardtanh.h>
 #include <ATen/ops/hardtanh_backward.h>
 #include <ATen/ops/silu.h>
@@ -24,6 +26,15 @@ TORCH_LIBRARY(fused_act_torch, library) {
   library.def(
       "relu6_backward(Tensor grad_output, Tensor x) -> Tensor",
       [](const Tensor& grad, const Tensor& x) { return at::hardtanh_backward(grad, x, 0, 6); });
+  // For the one weight of nn.PReLU().
+  library.def("prelu(Tensor x, Tensor weight) -> Tensor",
+              [](const Tensor& x, const Tensor& weight) { return at::_prelu_kernel(x, weight); });
+  library.def("prelu_backward(Tensor grad_output, Tensor x, Tensor weight) -> (Tensor, Tensor)",
+              [](const Tensor& grad, const Tensor& x, const Tensor& weight) {
+                auto gradients = at::_prelu_kernel_backward(grad, x, weight);
+                std::get<1>(gradients) = std::get<1>(gradients).sum_to_size(weight.sizes());
+                return gradients;
+              });
 }
 
 }  // namespace

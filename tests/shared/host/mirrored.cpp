@@ -1,43 +1,7 @@
 // Runs the CUDA loops of a mirrored activation on the host, as elementwise.cpp does the others.
-#include "../../../csrc/mirrored.cuh"
-
 #include "../../../csrc/activations.cuh"
 #include "host.h"
-
-namespace fused_act::mirrored {
-namespace {
-
-template <bool kMasked, typename T>
-void forward(const T* x, T* y, uint8_t* mask, Matrix matrix, int64_t first, int64_t last) {
-  with_widest_access_to_rows<T>(
-      [&](auto width) {
-        for (int64_t block = first; block < last; block++) {
-          for (int thread = 0; thread < kThreads; thread++) {
-            forward_thread<decltype(width)::value, kMasked>(ACTIVATION<T>{}, x, y, mask, matrix,
-                                                            block, thread);
-          }
-        }
-      },
-      matrix.columns, x, y);
-}
-
-template <typename T>
-void backward(const T* grad_output, const uint8_t* mask, T* grad_input, Matrix matrix,
-              int64_t first, int64_t last) {
-  with_widest_access_to_rows<T>(
-      [&](auto width) {
-        for (int64_t block = first; block < last; block++) {
-          for (int thread = 0; thread < kThreads; thread++) {
-            backward_thread<decltype(width)::value>(ACTIVATION<T>{}, grad_output, mask, grad_input,
-                                                    matrix, block, thread);
-          }
-        }
-      },
-      matrix.columns, grad_output, grad_input);
-}
-
-}  // namespace
-}  // namespace fused_act::mirrored
+#include "mirrored_loops.h"
 
 using namespace fused_act;
 using namespace fused_act::mirrored;
@@ -76,9 +40,11 @@ void run_forward(int dtype, const void* x, void* y, uint8_t* mask, int64_t rows,
     const auto* source = static_cast<const T*>(x);
     auto* target = static_cast<T*>(y);
     if (mask == nullptr) {
-      forward<false>(source, target, mask, Matrix{rows, columns}, first, last);
+      run_forward_blocks<false>(ACTIVATION<T>{}, source, target, mask, Matrix{rows, columns}, first,
+                                last);
     } else {
-      forward<true>(source, target, mask, Matrix{rows, columns}, first, last);
+      run_forward_blocks<true>(ACTIVATION<T>{}, source, target, mask, Matrix{rows, columns}, first,
+                               last);
     }
   });
 }
@@ -87,8 +53,8 @@ void run_backward(int dtype, const void* grad_output, const uint8_t* mask, void*
                   int64_t rows, int64_t columns, int64_t first, int64_t last) {
   with_dtype(dtype, [&](auto element) {
     using T = decltype(element);
-    backward(static_cast<const T*>(grad_output), mask, static_cast<T*>(grad_input),
-             Matrix{rows, columns}, first, last);
+    run_backward_blocks(ACTIVATION<T>{}, static_cast<const T*>(grad_output), mask,
+                        static_cast<T*>(grad_input), Matrix{rows, columns}, first, last);
   });
 }
 

@@ -1,10 +1,8 @@
-// Runs the loops of csrc/weighted.cuh on the host, block by block and thread by thread, for each
-// activation with a weight. The sum over the threads of a block is the device's own; here it is a
-// plain one. See host_kernels.py.
-#include "../../../csrc/weighted.cuh"
-
+// Runs the CUDA loops of an activation with a weight on the host, as elementwise.cpp does the
+// others.
 #include "../../../csrc/activations.cuh"
 #include "host.h"
+#include "weighted_loops.h"
 
 using namespace fused_act;
 using namespace fused_act::weighted;
@@ -23,13 +21,8 @@ void run_forward(int dtype, const void* x, const float* weight, void* y, int64_t
     const T* source = static_cast<const T*>(x);
     T* target = static_cast<T*>(y);
     auto run = [&](auto width, auto by_column, const Matrix& matrix) {
-      constexpr int kWidth = decltype(width)::value;
-      for (int block = 0; block < Tile<T, kWidth>::blocks(matrix); block++) {
-        for (int thread = 0; thread < kThreads; thread++) {
-          forward_thread<decltype(by_column)::value, ACTIVATION, kWidth>(source, weight, target,
-                                                                         matrix, block, thread);
-        }
-      }
+      run_forward_blocks<decltype(width)::value, decltype(by_column)::value, ACTIVATION>(
+          source, weight, target, matrix);
     };
     with_variant<T>(numel, weights, inner, run, source, target);
   });
@@ -47,24 +40,10 @@ void run_backward(int dtype, const void* grad_output, const void* x, const float
     auto run = [&](auto width, auto by_column, const Matrix& matrix) {
       constexpr int kWidth = decltype(width)::value;
       constexpr bool kByColumn = decltype(by_column)::value;
-      shape[0] = kByColumn ? Tile<T, kWidth>::row_blocks(matrix) : matrix.rows() / weights;
-      shape[1] = weights;
-      shape[2] = kByColumn ? 1 : matrix.column_blocks;
-      for (int block = 0; block < Tile<T, kWidth>::blocks(matrix); block++) {
-        for (int thread = 0; thread < kThreads; thread++) {
-          const Place<T, kWidth> place(matrix, block, thread);
-          const auto found =
-              backward_thread<kByColumn, ACTIVATION>(grad, source, weight, target, matrix, place);
-          for (int i = 0; i < found.kCount; i++) {
-            const int64_t index = sum_index<kByColumn>(matrix, place, i);
-            if (index >= 0 && index < room) {
-              sums[index] += found.values[i];
-            } else if (found.values[i] != 0.0f) {
-              sums[0] = NAN;  // a sum that would be lost, or written outside
-            }
-          }
-        }
-      }
+      const auto found = shape_of_sums<kByColumn, kWidth, T>(matrix);
+      std::copy(found.begin(), found.end(), shape);
+      run_backward_blocks<kWidth, kByColumn, ACTIVATION>(grad, source, weight, target, sums, room,
+                                                         matrix);
     };
     with_variant<T>(numel, weights, inner, run, grad, source, target);
   });
