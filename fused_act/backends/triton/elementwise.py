@@ -16,9 +16,11 @@ import triton.language as tl
 from torch import Tensor
 
 from fused_act.backends.triton.activations import functions_of
+from fused_act.backends.triton.launcher import Launcher
 from fused_act.backends.triton.tiles import (
     NUM_WARPS,
     block_size,
+    ceil_div,
     load,
     mask_offsets,
     pack,
@@ -139,23 +141,28 @@ def backward_kernel(
         )  # fmt: skip
 
 
-def launch(kernel: triton.JITFunction, x: Tensor, *arguments: Any) -> None:
-    """Launch `kernel`, whose last argument is the block size, over the elements of `x`."""
+def launch(
+    launcher: Launcher, parameters: tuple[float, ...], x: Tensor, *tensors: Tensor | None
+) -> None:
+    """Launch a kernel, whose tensors are `x` and `tensors`, over the elements of `x`."""
     numel = x.numel()
     if numel > 0:
         size = block_size(x.dtype)
-        with torch.cuda.device_of(x):
-            kernel[(triton.cdiv(numel, size),)](*arguments, size, **OPTIONS)
+        launcher(ceil_div(numel, size), (x, *tensors, numel, parameters), (size,))
 
 
 def launches(row: Elementwise) -> dict[str, Callable[..., None]]:
     """What computes the outputs of each raw op of `row`: `launch(outputs, *args)`, by its field."""
     masked = row.saves == "mask"
-    function, passes = functions_of(row, "forward", "passes" if masked else None)
+    functions = functions_of(row, "forward", "passes" if masked else None)
+    forward_launcher = Launcher(forward_kernel, functions, OPTIONS)
+
+    def backward_launcher(name: str, tile: triton.JITFunction = backward_tile) -> Launcher:
+        return Launcher(backward_kernel, (*functions_of(row, name), tile), OPTIONS)
 
     def forward(y: Tensor, x: Tensor, *parameters: float, mask: Tensor | None = None) -> None:
         x = with_layout_of(y, x)
-        launch(forward_kernel, x, x, y, mask, x.numel(), parameters, function, passes)
+        launch(forward_launcher, parameters, x, y, mask)
 
     def run_out(x: Tensor, out: Tensor, mask: Tensor | None, parameters: tuple[float, ...]) -> None:
         # empty_like keeps the strides of a dense tensor and of no other.
@@ -168,36 +175,33 @@ def launches(row: Elementwise) -> dict[str, Callable[..., None]]:
             out.copy_(y)
 
     def run_backward(
-        function: triton.JITFunction,
-        tile: triton.JITFunction,
+        launcher: Launcher,
         grad_output: Tensor,
         saved: Tensor,
         grad_input: Tensor,
         parameters: tuple[float, ...],
     ) -> None:
         grad = with_layout_of(grad_input, grad_output)
-        numel = grad.numel()
-        launch(backward_kernel, grad, grad, saved, grad_input, numel, parameters, function, tile)
+        launch(launcher, parameters, grad, saved, grad_input)
 
     def backward(
-        function: triton.JITFunction,
+        launcher: Launcher,
         grad_input: Tensor,
         grad_output: Tensor,
         saved: Tensor,
         *parameters: float,
     ) -> None:
         saved = with_layout_of(grad_input, saved)
-        run_backward(function, backward_tile, grad_output, saved, grad_input, parameters)
+        run_backward(launcher, grad_output, saved, grad_input, parameters)
 
     def masked_backward(
-        function: triton.JITFunction,
+        launcher: Launcher,
         grad_input: Tensor,
         grad_output: Tensor,
         mask: Tensor,
         *parameters_and_stride: Any,
     ) -> None:
-        parameters = parameters_and_stride[:-1]
-        run_backward(function, masked_backward_tile, grad_output, mask, grad_input, parameters)
+        run_backward(launcher, grad_output, mask, grad_input, parameters_and_stride[:-1])
 
     def forward_with_mask(outputs: tuple[Tensor, Tensor], x: Tensor, *parameters: float) -> None:
         y, mask = outputs
@@ -213,11 +217,13 @@ def launches(row: Elementwise) -> dict[str, Callable[..., None]]:
             "forward_with_mask_out": lambda mask, x, *parameters, out: run_out(
                 x, out, mask, parameters
             ),
-            "backward": partial(masked_backward, *functions_of(row, "gradient")),
+            "backward": partial(
+                masked_backward, backward_launcher("gradient", masked_backward_tile)
+            ),
         }
     if row.saves == "x":
-        found["backward"] = partial(backward, *functions_of(row, "derivative"))
+        found["backward"] = partial(backward, backward_launcher("derivative"))
     if row.saves_inplace == "y":
-        derivative = functions_of(row, "derivative_from_output")
-        found["backward_from_output"] = partial(backward, *derivative)
+        from_output = backward_launcher("derivative_from_output")
+        found["backward_from_output"] = partial(backward, from_output)
     return found

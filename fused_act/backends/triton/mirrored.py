@@ -14,12 +14,15 @@ import triton.language as tl
 from torch import Tensor
 
 from fused_act.backends.triton.activations import functions_of
+from fused_act.backends.triton.launcher import Launcher
 from fused_act.backends.triton.tiles import (
     NUM_WARPS,
     block_size,
+    ceil_div,
     has_layout,
     load,
     mask_offsets,
+    next_power_of_2,
     pack,
     store,
     tile_of,
@@ -163,38 +166,31 @@ def backward_kernel(
 def tile(columns: int, dtype: torch.dtype) -> tuple[int, int]:
     """Rows and columns of the tile of a program; a mask byte holds eight columns."""
     size = block_size(dtype)
-    wide = min(max(8, triton.next_power_of_2(columns)), size)
+    wide = min(max(8, next_power_of_2(columns)), size)
     return size // wide, wide
 
 
-def launch(
-    kernel: triton.JITFunction,
-    rows: int,
-    columns: int,
-    tensors: tuple[Tensor, Tensor, Tensor | None],
-    *functions: triton.JITFunction,
-) -> None:
-    """Launch `kernel` over the rows and columns of x."""
+def launch(launcher: Launcher, rows: int, columns: int, x: Tensor, *tensors: Tensor | None) -> None:
+    """Launch a kernel over the rows and columns of the input. `x` and `tensors` are its tensors."""
     if rows * columns == 0:
         return
-    tile_rows, tile_columns = tile(columns, tensors[0].dtype)
-    column_blocks = triton.cdiv(columns, tile_columns)
-    grid = (triton.cdiv(rows, tile_rows) * column_blocks,)
-    sizes = rows, columns, column_blocks
-    with torch.cuda.device_of(tensors[0]):
-        kernel[grid](*tensors, *sizes, *functions, tile_rows, tile_columns, **OPTIONS)
+    tile_rows, tile_columns = tile(columns, x.dtype)
+    column_blocks = ceil_div(columns, tile_columns)
+    blocks = ceil_div(rows, tile_rows) * column_blocks
+    launcher(blocks, (x, *tensors, rows, columns, column_blocks), (tile_rows, tile_columns))
 
 
 def launches(row: Mirrored) -> dict[str, Callable[..., None]]:
     """What computes the outputs of each raw op of `row`: `launch(outputs, *args)`, by its field."""
-    function, passes, gradient = functions_of(row, "forward", "passes", "gradient")
+    forward_launcher = Launcher(forward_kernel, functions_of(row, "forward", "passes"), OPTIONS)
+    backward_launcher = Launcher(backward_kernel, functions_of(row, "gradient"), OPTIONS)
 
     def run(x: Tensor, dim: int, y: Tensor, mask: Tensor | None) -> None:
         if not (x.is_contiguous() or is_dense(x.shape, x.stride())):
             x = torch.empty_like(x).copy_(x)
         columns = x.size(dim) * y.stride(dim)  # y tells how many elements a step along dim takes
         rows = x.numel() // columns if columns else 0
-        launch(forward_kernel, rows, columns, (x, y, mask), function, passes)
+        launch(forward_launcher, rows, columns, x, y, mask)
 
     def backward(
         grad_input: Tensor, grad_output: Tensor, mask: Tensor, dim: int, stride: Sequence[int]
@@ -203,8 +199,7 @@ def launches(row: Mirrored) -> dict[str, Callable[..., None]]:
         if not has_layout(grad_output, layout.stride):
             copy = empty_strided(grad_output, layout.shape, layout.stride)
             grad_output = copy.copy_(grad_output)
-        tensors = grad_output, mask, grad_input
-        launch(backward_kernel, layout.rows, layout.columns, tensors, gradient)
+        launch(backward_launcher, layout.rows, layout.columns, grad_output, mask, grad_input)
 
     return {
         "forward": lambda y, x, dim: run(x, dim, y, None),

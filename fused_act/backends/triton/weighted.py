@@ -17,10 +17,13 @@ import triton.language as tl
 from torch import Tensor
 
 from fused_act.backends.triton.activations import functions_of
+from fused_act.backends.triton.launcher import Launcher
 from fused_act.backends.triton.tiles import (
     NUM_WARPS,
     block_size,
+    ceil_div,
     load,
+    next_power_of_2,
     store,
     tile_of,
     with_layout_of,
@@ -65,14 +68,14 @@ class Matrix(NamedTuple):
             by_column = columns == 1
         if by_column:
             columns, widest = weights, COLUMN_BYTES // x.itemsize
-        tile_columns = min(triton.next_power_of_2(columns), widest)
-        rows = triton.cdiv(x.numel(), columns)
+        tile_columns = min(next_power_of_2(columns), widest)
+        rows = ceil_div(x.numel(), columns)
         return cls(columns, rows, by_column, size // tile_columns, tile_columns)
 
     @property
     def blocks(self) -> tuple[int, int]:
         """Tiles below and beside each other."""
-        return triton.cdiv(self.rows, self.tile_rows), triton.cdiv(self.columns, self.tile_columns)
+        return ceil_div(self.rows, self.tile_rows), ceil_div(self.columns, self.tile_columns)
 
 
 @triton.jit
@@ -189,39 +192,26 @@ def backward_kernel(
 
 def launches(row: Weighted) -> dict[str, Callable[..., None]]:
     """What computes the outputs of each raw op of `row`: `launch(outputs, *args)`, by its field."""
-    (function,) = functions_of(row, "forward")
+    forward_launcher = Launcher(forward_kernel, functions_of(row, "forward"), FORWARD_OPTIONS)
     backward_functions = functions_of(row, "derivative", "weight_gradient")
+    backward_launcher = Launcher(backward_kernel, backward_functions, BACKWARD_OPTIONS)
 
     def launch(
-        kernel: triton.JITFunction,
-        options: dict[str, int],
-        matrix: Matrix,
-        tensors: tuple[Tensor, ...],
-        x: Tensor,
-        weight: Tensor,
-        *functions: triton.JITFunction,
+        launcher: Launcher, matrix: Matrix, tensors: tuple[Tensor, ...], x: Tensor, weight: Tensor
     ) -> None:
         row_blocks, column_blocks = matrix.blocks
-        with torch.cuda.device_of(x):
-            kernel[(row_blocks * column_blocks,)](
-                *tensors,
-                weight,
-                x.numel(),
-                matrix.columns,
-                weight.numel(),
-                *functions,
-                matrix.by_column,
-                matrix.tile_rows,
-                matrix.tile_columns,
-                **options,
-            )
+        launcher(
+            row_blocks * column_blocks,
+            (*tensors, weight, x.numel(), matrix.columns, weight.numel()),
+            (matrix.by_column, matrix.tile_rows, matrix.tile_columns),
+        )
 
     def forward(y: Tensor, x: Tensor, weight: Tensor) -> None:
         if x.numel() == 0:
             return
         x = with_layout_of(y, x)
         matrix = Matrix.of(x, weight.numel(), block_size(x.dtype))
-        launch(forward_kernel, FORWARD_OPTIONS, matrix, (x, y), x, weight, function)
+        launch(forward_launcher, matrix, (x, y), x, weight)
 
     def backward(
         gradients: tuple[Tensor, Tensor], grad_output: Tensor, x: Tensor, weight: Tensor
@@ -240,7 +230,7 @@ def launches(row: Weighted) -> dict[str, Callable[..., None]]:
                 matrix.rows // weight.numel(), weight.numel(), column_blocks
             )
         tensors = grad_output, x, grad_input, partials
-        launch(backward_kernel, BACKWARD_OPTIONS, matrix, tensors, x, weight, *backward_functions)
+        launch(backward_launcher, matrix, tensors, x, weight)
         torch.sum(partials, (0, 2), out=grad_weight)
 
     return {"forward": forward, "backward": backward}
