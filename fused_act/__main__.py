@@ -25,9 +25,11 @@ def main() -> None:
     extension = host.extension()
     print(f"host path  {f'Python: {extension}' if isinstance(extension, str) else 'C++'}")
     print("backends, best first:")
-    for name, backend in dispatch.BACKENDS.items():
-        reason = backend.unavailable()
+    reasons = {name: backend.unavailable() for name, backend in dispatch.BACKENDS.items()}
+    for name, reason in reasons.items():
         print(f"  {name:8} {'available' if reason is None else f'not available: {reason}'}")
+    if reasons["cuda"] is not None and reasons["triton"] is None and not triton.INTERPRET:
+        print("auto takes triton: with cuda, see above, calls take the host a fraction of the time")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import concurrent.futures
 import contextlib
 import copy
+import functools
 import importlib.metadata
 import inspect
 import io
@@ -24,7 +25,7 @@ from torch.nn.utils import parametrize
 import fused_act
 from fused_act import ops, replace
 from fused_act.activations import ROWS
-from fused_act.dispatch import BACKENDS
+from fused_act.dispatch import BACKENDS, Backend
 from fused_act.families import base
 from tests.shared.cases import ALL_CASES, all_rows, elementwise_rows
 
@@ -282,27 +283,17 @@ def test_kernel_or_torch(monkeypatch, unusual, takes_kernel):
     assert transformed == [ROWS["mish"].eager, ROWS["mish"].eager]
 
 
-def test_triton_launches_on_the_device_of_its_tensor(monkeypatch):
-    """A kernel launches on the current device; where one GPU is, nothing else shows it."""
-    pytest.importorskip("triton")
-    from fused_act.backends.triton import elementwise
-
-    events = []
-
-    @contextlib.contextmanager
-    def device_of(tensor):
-        events.append(tensor)
-        yield
-        events.append("left")
-
-    class Kernel:
-        def __getitem__(self, grid):
-            return lambda *arguments, **options: events.append(grid)
-
-    monkeypatch.setattr(torch.cuda, "device_of", device_of)
-    x = torch.zeros(5)
-    elementwise.launch(Kernel(), x)
-    assert events == [x, (1,), "left"]
+@pytest.mark.parametrize(
+    ("unavailable", "advised"), [({"cuda"}, True), (set(), False), ({"cuda", "triton"}, False)]
+)
+def test_the_report_says_what_is_faster_than_triton(monkeypatch, capsys, unavailable, advised):
+    reasons = {name: "get it" if name in unavailable else None for name in BACKENDS}
+    backends = {
+        name: Backend(name, functools.partial(reasons.get, name), dict, None) for name in reasons
+    }
+    monkeypatch.setattr(fused_act.dispatch, "BACKENDS", backends)
+    importlib.import_module("fused_act.__main__").main()
+    assert ("fraction of the time" in capsys.readouterr().out) == advised
 
 
 def test_triton_without_package_metadata(monkeypatch):

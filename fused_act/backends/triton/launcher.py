@@ -1,8 +1,8 @@
-"""Launches what Triton compiled, without binding and checking the arguments again at each call.
+"""Launches what Triton compiled, without binding and specializing the arguments at each call.
 
-`kernel[grid](*arguments)` derives from all arguments which of its compiled kernels to take, and
-that costs the host more than the launch itself. A `Launcher` derives it from the few facts that can
-change between its calls. Its first call for such facts goes through `kernel[grid]`.
+`kernel[grid](*arguments)` finds out at each call which of its compiled kernels the arguments need,
+which takes the host some 20 us, several times as long as the launch itself. A `Launcher` knows what
+can differ between its own calls. It keeps what `kernel[grid]` launched at the first call of a kind.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from triton.runtime import driver
 
 from fused_act.dispatch import older
 
-# How to call what is compiled is the same in all versions from 3.6 to 3.9. Newer ones are launched
-# by `kernel[grid]` until somebody has compared them; see tests/test_triton_launch.py.
+# From Triton 3.6 to 3.9 compiled kernels are called with the same arguments. Newer versions launch
+# through `kernel[grid]` at each call until tests/test_triton_launch.py has passed with them.
 IS_KNOWN = older(triton.__version__, (3, 10))
 INT32_MAX = 2**31 - 1
-# Chains of hooks, which profilers extend; or they put other hooks in the place of a chain.
+# Chains of hooks on each launch. Profilers add hooks to a chain, or put a hook in its place.
 ENTER_HOOKS = type(knobs.runtime).launch_enter_hook
 EXIT_HOOKS = type(knobs.runtime).launch_exit_hook
 
@@ -55,7 +55,8 @@ class Launcher:
             constants: integers that the kernel takes as constexpr.
         """
         device = arguments[0].get_device()
-        # All that Triton distinguishes: see `native_specialize_impl` there. Floats are all alike.
+        # What Triton specializes on: see `native_specialize_impl` in its runtime/jit.py. It does
+        # not specialize on floats.
         key: list[Any] = [device, *constants]
         values = []
         for value in arguments:
@@ -66,41 +67,34 @@ class Launcher:
                 key.append(None)
             elif kind is not tuple:
                 key.append(value.dtype)
-                value = value.data_ptr()
+                value = value.data_ptr()  # for an address, Triton does not ask the driver
                 key.append(value % 16 == 0)
             values.append(value)
-        kind_of_call = tuple(key)
+        place = tuple(key)
         is_plain = self.is_plain()
-        compiled = self.compiled.get(kind_of_call) if is_plain else None
+        compiled = self.compiled.get(place) if is_plain else None
         if compiled is None:
             with torch.cuda.device_of(arguments[0]):
                 launched = self.kernel[(blocks,)](
                     *arguments, *self.functions, *constants, **self.options
                 )
+            # In the interpreter nothing is compiled.
             if is_plain and IS_KNOWN and isinstance(launched, CompiledKernel):
-                self.compiled[kind_of_call] = launched
+                self.compiled[place] = launched
             return
         active = driver.active
         if device != active.get_current_device():
             with torch.cuda.device_of(arguments[0]):
                 return self(blocks, arguments, constants)
+        stream = active.get_current_stream(device)
+        # None stands for the hooks and for what they would be told.
         compiled.run(
-            blocks,
-            1,
-            1,
-            active.get_current_stream(device),
-            compiled.function,
-            compiled.packed_metadata,
-            None,
-            None,
-            None,
-            *values,
-            *self.functions,
-            *constants,
-        )
+            blocks, 1, 1, stream, compiled.function, compiled.packed_metadata, None, None, None,
+            *values, *self.functions, *constants
+        )  # fmt: skip
 
     def is_plain(self) -> bool:
-        """Whether a launch calls no hook, and compiles as it does where no knob is set."""
+        """Whether no hook is on the launch, and no knob is set that changes what it compiles."""
         runtime = knobs.runtime
         return not (
             ENTER_HOOKS.calls
