@@ -21,7 +21,7 @@ from fused_act.backends.triton.launcher import Launcher
 from fused_act.dispatch import DTYPES, Backend, Kernels
 from tests.shared import cpu_ops
 from tests.shared.cases import CASES, all_dtypes, all_rows
-from tests.shared.triton_driver import Pointer, launch_publicly, stubbed
+from tests.shared.triton_driver import Pointer, Stub, launch_publicly, stubbed
 
 X, Y, MASK = (
     Pointer(dtype, 2**40 + 2**36 * i)
@@ -33,7 +33,7 @@ CONSTANTS = (2048,)
 
 @pytest.fixture
 def stub():
-    with stubbed() as found:
+    with stubbed(Stub()) as found:
         yield found
 
 
@@ -240,7 +240,7 @@ def test_no_other_knob_changes_what_a_launch_compiles():
 def test_what_is_kept_is_what_triton_launches(monkeypatch):
     """Of what Triton compiles, by the attributes that Triton takes."""
     monkeypatch.setattr(launcher, "IS_KNOWN", True)
-    with stubbed(compiles=True) as stub:
+    with stubbed(Stub(), compiles=True) as stub:
         launch = forward_launcher()
         assert_launches_what_triton_does(stub, launch, 3, ARGUMENTS, CONSTANTS)
         assert stub.loaded == ["forward_kernel"]
@@ -263,6 +263,7 @@ def test_what_is_not_compiled_is_not_kept(monkeypatch, stub):
         patch.setattr(JITFunction, "_call_hook", lambda *args, **kwargs: True)
         launch(1, ARGUMENTS, CONSTANTS)
     assert not stub.launched()
+    assert not launch.compiled
     assert_launches_what_triton_does(stub, launch, 1, ARGUMENTS, CONSTANTS)
 
 

@@ -11,8 +11,8 @@ import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
+from unittest import mock
 
-import pytest
 import torch
 import triton
 import triton.compiler
@@ -76,8 +76,10 @@ class Compiled(CompiledKernel):
 
 
 class Stub:
-    """A driver: Triton's launches go into `launches`. Its devices are numbers, of which one is
-    current."""
+    """A driver: Triton's launches go into `launches`.
+
+    Its devices are numbers. `device` is the current one.
+    """
 
     def __init__(self) -> None:
         self.device = 0
@@ -133,21 +135,20 @@ class Stub:
 
 
 @contextlib.contextmanager
-def stubbed(compiles: bool = False) -> Iterator[Stub]:
-    """Let Triton work with a new `Stub`, without what it compiled before.
+def stubbed(stub: Stub, compiles: bool = False) -> Iterator[Stub]:
+    """Let Triton work with `stub`, without what it compiled before.
 
     Args:
         compiles: Triton compiles kernels, and no `Compiled` stands for them.
     """
-    stub = Stub()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(driver, "_active", stub)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch.object(driver, "_active", stub))
+        stack.enter_context(mock.patch.object(torch.cuda, "device_of", stub.device_of))
         if not compiles:
-            patch.setattr(triton.compiler, "compile", stub.compile)
-        patch.setattr(torch.cuda, "device_of", stub.device_of)
+            stack.enter_context(mock.patch.object(triton.compiler, "compile", stub.compile))
         for kernel in KERNELS:
             caches = collections.defaultdict(kernel.create_binder)
-            patch.setattr(kernel, "device_caches", caches)
+            stack.enter_context(mock.patch.object(kernel, "device_caches", caches))
         yield stub
 
 
