@@ -5,6 +5,8 @@
 - host extension, python: 16 elements where a kernel runs, called in C++ and in Python. Without a
   GPU the kernel is torch's own, so that only the way to it differs; with `, ops.cu` it is an op of
   csrc/ with everything but the GPU, its math included. With a GPU it is that of each backend.
+- triton, stub driver: how long it takes Triton to find out which of its compiled kernels a call
+  needs, and how long it takes us, where the launch itself does nothing. It needs no GPU.
 - fallback: functions and modules where no kernel runs, beside `torch.nn.functional` and `torch.nn`.
 - compiled: the same under `torch.compile`, which checks at each call that no backend was forced.
 - import: what `python -X importtime` says of `import torch, fused_act`.
@@ -20,6 +22,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
+import importlib.util
 import itertools
 import re
 import statistics
@@ -300,6 +303,39 @@ def kernel_rows(rounds: int) -> Iterator[dict]:
                 )
 
 
+def triton_rows(rounds: int) -> Iterator[dict]:
+    """What Triton's `kernel[grid]` and what a `Launcher` takes beside the bare launch."""
+    if importlib.util.find_spec("triton") is None:
+        print("no triton: its launch is not measured", file=sys.stderr)
+        return
+    from tests.shared import triton_driver
+
+    stub = triton_driver.Stub()
+    stub.launch = lambda *args: None
+    with triton_driver.stubbed(stub):
+        launch, *call = triton_driver.example()
+        launch(*call)
+        if not launch.compiled:
+            print("this triton is not known: kernel[grid] launches", file=sys.stderr)
+            return
+        (compiled,) = launch.compiled.values()
+        blocks, arguments, constants = call
+        values = [each.data_ptr() if hasattr(each, "data_ptr") else each for each in arguments]
+        bare = partial(
+            compiled.run,
+            *(blocks, 1, 1, 0, compiled.function, compiled.packed_metadata, None, None, None),
+            *(*values, *launch.functions, *constants),
+        )
+        runs = {
+            "Launcher": partial(launch, *call),
+            "kernel[grid]": partial(triton_driver.launch_publicly, launch, *call),
+        }
+        turns = [timing.cpu_turn(run, SECONDS) for run in (*runs.values(), bare)]
+        *times, of_bare = in_turn(turns, rounds)
+    for name, seconds in zip(runs, times):
+        yield row("triton, stub driver", name, "launch", "the bare launch", seconds, of_bare)
+
+
 def public_rows(path: str, prepare: Callable[[Callable], Callable], rounds: int) -> Iterator[dict]:
     for direction, grad in (("no grad", False), ("forward", True)):
         for call, ours, reference, theirs in (*FUNCTIONS, *MODULES):
@@ -366,6 +402,7 @@ def main(arguments: argparse.Namespace) -> list[dict]:
     compiled = partial(torch.compile, fullgraph=True, dynamic=False)
     found = itertools.chain(
         kernel_rows(arguments.rounds),
+        triton_rows(arguments.rounds),
         public_rows("fallback", lambda call: call, arguments.rounds),
         public_rows("compiled", compiled, arguments.rounds),
         import_rows(),

@@ -15,20 +15,14 @@ from triton import knobs
 from triton.runtime.jit import JITFunction
 
 from fused_act.backends import triton as backend
-from fused_act.backends.triton import elementwise, launcher
-from fused_act.backends.triton.activations import functions_of
+from fused_act.backends.triton import launcher
 from fused_act.backends.triton.launcher import Launcher
 from fused_act.dispatch import DTYPES, Backend, Kernels
 from tests.shared import cpu_ops
-from tests.shared.cases import CASES, all_dtypes, all_rows
-from tests.shared.triton_driver import Pointer, Stub, launch_publicly, stubbed
+from tests.shared.cases import all_dtypes, all_rows
+from tests.shared.triton_driver import Pointer, Stub, example, launch_publicly, stubbed
 
-X, Y, MASK = (
-    Pointer(dtype, 2**40 + 2**36 * i)
-    for i, dtype in enumerate((torch.float32, torch.float32, torch.uint8))
-)
-ARGUMENTS = (X, Y, None, 100, ())
-CONSTANTS = (2048,)
+_, _, ARGUMENTS, CONSTANTS = example()
 
 
 @pytest.fixture
@@ -38,8 +32,7 @@ def stub():
 
 
 def forward_launcher() -> Launcher:
-    functions = functions_of(CASES[0].row, "forward", None)
-    return Launcher(elementwise.forward_kernel, functions, elementwise.OPTIONS)
+    return example()[0]
 
 
 def public_launches(monkeypatch) -> list:
@@ -158,7 +151,7 @@ def test_calls_are_alike_where_triton_says_so(stub):
 
 def test_a_call_launches_on_the_device_of_its_tensor(stub):
     launch = forward_launcher()
-    x = dataclasses.replace(X, device=1)
+    x = dataclasses.replace(ARGUMENTS[0], device=1)
     for stub.device in (0, 1, 0, 2):
         before = stub.device
         launch(1, (x, *ARGUMENTS[1:]), CONSTANTS)

@@ -20,7 +20,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel
 from triton.runtime import driver
 
+from fused_act.activations import ROWS
 from fused_act.backends.triton import elementwise, mirrored, weighted
+from fused_act.backends.triton.activations import functions_of
 from fused_act.backends.triton.launcher import Launcher
 
 KERNELS = [
@@ -150,6 +152,14 @@ def stubbed(stub: Stub, compiles: bool = False) -> Iterator[Stub]:
             caches = collections.defaultdict(kernel.create_binder)
             stack.enter_context(mock.patch.object(kernel, "device_caches", caches))
         yield stub
+
+
+def example() -> tuple[Launcher, int, tuple, tuple]:
+    """The launcher of an activation without parameters, and arguments for it: `launcher(*call)`."""
+    functions = functions_of(ROWS["mish"], "forward", None)
+    launcher = Launcher(elementwise.forward_kernel, functions, elementwise.OPTIONS)
+    x, y = (Pointer(torch.float32, 2**40 + 2**36 * i) for i in range(2))
+    return launcher, 1, (x, y, None, 100, ()), (2048,)
 
 
 def launch_publicly(
