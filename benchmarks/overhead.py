@@ -15,6 +15,9 @@ All of a table take turns on one thread. `us` and `reference_us` are medians and
 `reference_least_us` the least; `added_us` is the median of what ours took more in the same round.
 Of 8 activations in a row, and of 35 blocks of convolution, normalization and activation, it is the
 time of one activation; that of a block is what its network takes more than one with an identity.
+With `rematerialize` ours runs in that block (`-norm`: with `norm`), whose hooks meet what all
+layers save, and neither torch's own nor the identity does: its cost is the difference to "35
+blocks". The hooks are those of the host extension on all paths, where it is.
 """
 
 from __future__ import annotations
@@ -177,6 +180,7 @@ class Direction(NamedTuple):
     seconds: float = SECONDS
     beside_identity: bool = False  # the run has more in it than calls
     more_rounds: int = 1  # times as many, where that more scatters
+    block: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext  # around ours
 
 
 DIRECTIONS = {
@@ -186,6 +190,12 @@ DIRECTIONS = {
     "forward and backward": Direction(forward_and_backward, WIDENED, 1, 2 * SECONDS),
     "8 in a row": Direction(in_a_row, (*FUNCTIONS, *IN_PLACE, *WEIGHTED), 8, 4 * SECONDS),
     "35 blocks": Direction(network, (*FUNCTIONS, *IN_PLACE, *WEIGHTED), BLOCKS, SECONDS, True, 10),
+    "35 blocks, rematerialize": Direction(
+        network, FUNCTIONS, BLOCKS, SECONDS, True, 10, fused_act.rematerialize
+    ),
+    "35 blocks, rematerialize-norm": Direction(
+        network, FUNCTIONS, BLOCKS, SECONDS, True, 10, partial(fused_act.rematerialize, norm=True)
+    ),
 }
 
 
@@ -228,13 +238,18 @@ def in_python(backend: Backend) -> Iterator[None]:
         yield
 
 
-def turn_in(way: Callable[[], contextlib.AbstractContextManager], call, seconds) -> timing.Turn:
-    """Turns that run within `way`."""
-    with way():
+def turn_in(
+    way: Callable[[], contextlib.AbstractContextManager],
+    call,
+    seconds,
+    block: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
+) -> timing.Turn:
+    """Turns that run within `way` and `block`."""
+    with way(), block():
         turn = timing.cpu_turn(call, seconds)
 
     def run():
-        with way():
+        with way(), block():
             return turn()
 
     return run
@@ -286,7 +301,7 @@ def kernel_rows(rounds: int) -> Iterator[dict]:
         prepare, seconds = direction.prepare, direction.seconds
         for call, ours, reference, theirs in direction.functions if found else ():
             turns = {
-                path: turn_in(way, prepare(ours), seconds)
+                path: turn_in(way, prepare(ours), seconds, direction.block)
                 for path, (backend, way) in found.items()
                 if ROWS.get(call, "mish") in backend.ready().kernels
             }
