@@ -42,7 +42,7 @@ from benchmarks import environment, networks, options, providers, timing
 from benchmarks.providers import DEVICE, DTYPES, Provider
 from fused_act.backends.triton import INTERPRET
 from fused_act.families.elementwise import Elementwise
-from fused_act.rematerialization import Kept
+from fused_act.rematerialization import way
 
 CHANNELS = 32
 ON_GPU = DEVICE.type == "cuda"
@@ -205,7 +205,7 @@ def kept_by(node: Node) -> Iterator[Tensor]:
         saved = getattr(node, name)
         for each in saved if isinstance(saved, tuple) else (saved,):
             # Without hooks the tensor itself, or None.
-            tensor = each.data.tensor if isinstance(each.data, Kept) else each.data
+            tensor = each.data.tensor if isinstance(each.data, way().Kept) else each.data
             if isinstance(tensor, Tensor):
                 yield tensor
 

@@ -41,11 +41,12 @@ LAYERS = [
     {"ops", "host"},
     {"backends.cuda", "backends.triton", "backends.eager"},
     {"backends"},
+    {"packing"},
     {"rematerialization", "replace"},
     {"__init__"},
     {"__main__"},
 ]
-APART = (LAYERS[0], LAYERS[7], LAYERS[8], LAYERS[10])
+APART = (LAYERS[0], LAYERS[7], LAYERS[8], LAYERS[11])
 
 
 def each(paths):

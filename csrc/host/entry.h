@@ -133,6 +133,9 @@ inline Tensor record(const Entry& entry, const Tensor& x, const Tensor& weight, 
     node->add_next_edge(autograd::impl::gradient_edge(weight));
     node->beside = SavedVariable(weight, false);
   }
+  if (saves == Saves::kMask && !x.is_inference()) {
+    node->input_version = x._version();
+  }
   Tensor mask;
   Tensor y =
       call_forward(entry, x, weight, inplace, parameters, saves == Saves::kMask ? &mask : nullptr);

@@ -2,7 +2,7 @@
 // nodes, which tell of themselves what the node of the Python Function tells.
 #include <torch/csrc/utils/pybind.h>
 
-#include "entry.h"
+#include "packing.h"
 
 #define FUSED_ACT_STRING_OF(name) #name
 #define FUSED_ACT_STRING(name) FUSED_ACT_STRING_OF(name)
@@ -99,7 +99,7 @@ PyObject* kept(py::handle object) { return object.inc_ref().ptr(); }
 
 Recording recording_of(const py::tuple& fields) {
   return {fields[0].cast<std::string>(), saves_of(fields[1].cast<std::string>()), kept(fields[2]),
-          kept(fields[3])};
+          kept(fields[3]), !fields[2].attr("recompute").is_none()};
 }
 
 void check_ops(const Entry& entry) {
@@ -210,6 +210,10 @@ PyObject* get_stride(PyObject* self, void*) {
   END_HANDLE_TH_ERRORS
 }
 
+PyObject* get_input_version(PyObject* self, void*) {
+  return PyLong_FromLongLong(node_of(self).input_version);
+}
+
 PyObject* get_saved_tensors(PyObject* self, void*) {
   HANDLE_TH_ERRORS
   ActivationNode& node = node_of(self);
@@ -244,6 +248,7 @@ PyGetSetDef node_properties[] = {
     {"parameters", get_parameters, nullptr, nullptr, nullptr},
     {"shape", get_shape, nullptr, nullptr, nullptr},
     {"stride", get_stride, nullptr, nullptr, nullptr},
+    {"input_version", get_input_version, nullptr, nullptr, nullptr},
     {"saved_tensors", get_saved_tensors, nullptr, nullptr, nullptr},
     {"_raw_saved_tensors", get_raw_saved_tensors, nullptr, nullptr, nullptr},
     {nullptr},
@@ -272,7 +277,8 @@ PyObject* make_module() {
       reinterpret_cast<PyTypeObject*>(PyObject_GetAttrString(contexts.get(), "DeviceContext"));
   THPObjectPtr made(PyModule_Create(&module));
   if (device_context == nullptr || !made || PyModule_AddType(made.get(), &path_type) < 0 ||
-      PyModule_AddObjectRef(made.get(), "Node", reinterpret_cast<PyObject*>(&node_type)) < 0) {
+      PyModule_AddObjectRef(made.get(), "Node", reinterpret_cast<PyObject*>(&node_type)) < 0 ||
+      !add_packing(made.get())) {
     return nullptr;
   }
 #ifdef Py_GIL_DISABLED

@@ -57,6 +57,7 @@ struct ActivationNode final : Node {
   SavedVariable beside;
   // Those of x, or of its dense copy, where a mask is saved: the mask is in that order.
   SymInts shape, stride;
+  int64_t input_version = -1;  // of x before the call, where a mask is saved
 
   ActivationNode(const Entry& entry, bool inplace, const Parameters& parameters)
       : entry(entry), inplace(inplace), parameters(parameters) {}

@@ -58,6 +58,7 @@ struct Recording {
   Saves saves;
   PyObject* function;  // the autograd Function of Python whose place its nodes take
   PyObject* formula;   // formula(grad_output, **context) -> a gradient an input, differentiable
+  bool recomputes;     // whether `rematerialize` may compute y again as f(x)
 };
 
 struct Entry {

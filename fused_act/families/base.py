@@ -209,13 +209,17 @@ class KernelFunction(torch.autograd.Function):
     Attributes:
         row: the row that it computes.
         saves: what the kernels save for backward: "x", "y" or a "mask".
-        recompute: how the output is computed again from the one tensor that a node of this Function
-            has saved, `recompute(node) -> (saved -> y)`, or None where it is not.
+        writes: how often a call writes what it returns: once in place, else not at all.
+        recompute: how the output is computed again from the input that a node of this Function had,
+            `recompute(node) -> (x -> y)`. Such a node saves the input, or a mask and the input's
+            version. None where the output is not computed again.
     """
 
     apply_kernels: ClassVar[Callable[..., Tensor | tuple[Tensor, ...]]]
     row: ClassVar[Row]
     saves: ClassVar[str]
+    writes: ClassVar[int] = 0
+    recompute: ClassVar[Callable[[Any], Callable[[Tensor], Tensor]] | None] = None
 
     def __init_subclass__(cls) -> None:
         # That of C++, which torch's stubs leave out.
@@ -229,10 +233,6 @@ class KernelFunction(torch.autograd.Function):
             return cls.row.torch_forward(*args)
         return first(super().apply(*args))  # type: ignore[no-untyped-call]
 
-    @staticmethod
-    def recompute(node: Node) -> Callable[[Tensor], Tensor] | None:
-        return None
-
 
 def function_class(
     row: Row,
@@ -240,14 +240,23 @@ def function_class(
     saves: str,
     forward: Callable[..., Tensor | tuple[Tensor, ...]],
     backward: Callable[..., tuple[Tensor | None, ...]],
-    recompute: Callable[..., Callable[[Tensor], Tensor] | None] = KernelFunction.recompute,
+    recompute: Callable[..., Callable[[Tensor], Tensor]] | None = None,
+    writes: int = 0,
 ) -> type[KernelFunction]:
     """The Function of `row`, called by its spelling and `kind`; the others are as in the class."""
-    functions = {"forward": forward, "backward": backward, "recompute": recompute}
+    functions: dict[str, Callable[..., Any]] = {"forward": forward, "backward": backward}
+    if recompute is not None and saves != "y":
+        functions["recompute"] = recompute
     members: dict[str, Any] = {name: staticmethod(function) for name, function in functions.items()}
     # Where users find the public ones, and pickle does.
-    members |= {"__module__": "fused_act", "row": row, "saves": saves}
+    members |= {"__module__": "fused_act", "row": row, "saves": saves, "writes": writes}
     return NotTraced(row.spelling + kind, (KernelFunction,), members)
+
+
+def from_input(node: Any) -> Callable[[Tensor], Tensor]:
+    """`recompute` of a Function whose kernels take the input and the float parameters."""
+    forward, parameters = node.kernels.forward, node.parameters
+    return lambda x: forward(x, *parameters)
 
 
 def call(op: Callable[..., Result] | None, *args: Any, **kwargs: Any) -> Result:

@@ -24,13 +24,14 @@ from torch import Tensor
 from torch.autograd.graph import Node, increment_version
 from torch.compiler import is_dynamo_compiling
 
-from fused_act._torch_private import is_view, unwrap_if_dead
+from fused_act._torch_private import is_view, unwrap_if_dead, version_of
 from fused_act.dispatch import Kernels
 from fused_act.families.base import (
     KernelFunction,
     Row,
     call,
     convert,
+    from_input,
     function_class,
     is_backward_differentiated,
     kernels_for,
@@ -52,6 +53,7 @@ from fused_act.families.recording import Recording, Recordings
 
 class ElementwiseContext(MaskContext, Protocol):
     parameters: tuple[float, ...]
+    input_version: int
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
@@ -145,6 +147,7 @@ class Elementwise(Row):
                 y = call(kernels.forward, x, *parameters)
                 ctx.save_for_backward(y if self.saves == "y" else x)
                 return y
+            ctx.input_version = version_of(x)
             y, mask = call(kernels.forward_with_mask, x, *parameters)
             return save_mask(ctx, y, y.shape, y.stride(), mask)
 
@@ -154,13 +157,7 @@ class Elementwise(Row):
             grad = grad_input(self, self.saves, ctx, grad_output, grad_anchor)
             return (grad, *[None] * (count + 1))
 
-        def recompute(node: ElementwiseContext) -> Callable[[Tensor], Tensor] | None:
-            kernels, parameters = node.kernels, node.parameters
-            if self.saves == "y" or kernels.forward_with_mask is not None:
-                return None
-            return lambda x: kernels.forward(x, *parameters)
-
-        return function_class(self, "Function", self.saves, forward, backward, recompute)
+        return function_class(self, "Function", self.saves, forward, backward, from_input)
 
     def make_inplace_function(self) -> type[KernelFunction]:
         """Likewise in place: `apply(source, x, *parameters)` writes `x`, which is then returned.
@@ -181,6 +178,7 @@ class Elementwise(Row):
                 ctx.save_for_backward(x if saves == "y" else source)
                 call(kernels.forward_out, source, *parameters, out=x)
                 return x
+            ctx.input_version = version_of(x)
             mask = call(kernels.forward_with_mask_out, x, *parameters, out=x)
             return save_mask(ctx, x, x.shape, dense_stride(x), mask)
 
@@ -193,7 +191,7 @@ class Elementwise(Row):
             of_x = torch.zeros_like(grad) if adds else None  # type: ignore[arg-type]
             return (grad, of_x, *[None] * (count + 1))
 
-        return function_class(self, "InplaceFunction", saves, forward, backward)
+        return function_class(self, "InplaceFunction", saves, forward, backward, from_input, 1)
 
     def recordings(self, kernels: Kernels) -> Recordings:
         def recording(function: type[KernelFunction], with_mask: object, saves: str) -> Recording:

@@ -1,0 +1,180 @@
+// How `rematerialize` computes again what it does not keep, as in fused_act/rematerialization.py.
+#pragma once
+
+#include <map>
+#include <typeinfo>
+#include <unordered_map>
+
+#include "entry.h"
+#include "norm.h"
+#include "packed.h"
+
+namespace fused_act::host {
+
+using torch::autograd::functionToPyObject;
+
+// The rules of Python for what is computed again, see the class `Pack` there.
+struct Rules {
+  const py::object may_recompute, recompute, check_bits;
+  const bool norm;
+
+  Rules(py::object may_recompute, py::object recompute, py::object check_bits, bool norm)
+      : may_recompute(std::move(may_recompute)),
+        recompute(std::move(recompute)),
+        check_bits(std::move(check_bits)),
+        norm(norm) {}
+
+  // Whether outputs of nodes of this type may be computed again; asked once.
+  bool takes(const NodePointer& node) {
+    return once(types_, &typeid(*node), [&] {
+      const auto object = py::reinterpret_steal<py::object>(functionToPyObject(node));
+      return may_recompute(object, norm).cast<bool>();
+    });
+  }
+
+  // Whether `y` has the same bits when it is computed `again`; tried once for all that is alike.
+  template <class Again>
+  bool gives_same_bits(const Norm& norm, const Tensor& y, const ActivationNode* activation,
+                       const Again& again) {
+    const auto device = y.device();
+    Configuration configuration = {norm.training, static_cast<int64_t>(device.type()),
+                                   device.index(), static_cast<int64_t>(y.scalar_type()),
+                                   activation == nullptr ? -1 : activation->entry.index};
+    for (const auto values : {y.sizes(), y.strides()}) {
+      configuration.insert(configuration.end(), values.begin(), values.end());
+    }
+    return once(norms_, std::pair(&typeid(norm.node), std::move(configuration)),
+                [&] { return check_bits(norm.node.name(), again(), y).template cast<bool>(); });
+  }
+
+ private:
+  using Configuration = std::vector<int64_t>;
+
+  std::mutex mutex_;
+  std::unordered_map<const std::type_info*, bool> types_;
+  std::map<std::pair<const std::type_info*, Configuration>, bool> norms_;
+
+  // The answer that is known, or that of `ask`, without the lock.
+  template <class Answers, class Ask>
+  bool once(Answers& answers, typename Answers::key_type key, const Ask& ask) {
+    {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      const auto known = answers.find(key);
+      if (known != answers.end()) {
+        return known->second;
+      }
+    }
+    const bool answer = ask();
+    const std::lock_guard<std::mutex> lock(mutex_);
+    return answers[std::move(key)] = answer;
+  }
+};
+
+// A tensor is `compute(source)`.
+struct How {
+  Compute compute;
+  py::object source;
+};
+
+// f(x) of a node of ours.
+inline Compute forward_of(const ActivationNode& node) {
+  return [&entry = node.entry, parameters = node.parameters](const Tensor& x) {
+    const py::gil_scoped_release no_gil;
+    return call_forward(entry, x, Tensor(), false, parameters, nullptr);
+  };
+}
+
+inline Tensor get_or_undefined(const py::object& packed) {
+  return packed ? packed_of(packed).get() : Tensor();
+}
+
+// The output `y` of a batch normalization, or of `activation` after it.
+inline std::optional<How> of_norm(Rules& rules, const Norm& norm, const Tensor& y,
+                                  const ActivationNode* activation) {
+  const auto input = peek(norm.input), weight = peek(norm.weight);
+  if (!input || !*input || !weight) {
+    return std::nullopt;
+  }
+  py::object bias, mean, variance;
+  if (*weight) {
+    const Tensor leaf = norm.bias();
+    if (!leaf.defined()) {
+      return std::nullopt;
+    }
+    bias = keep(py::cast(leaf));
+  }
+  if (!norm.training) {
+    const auto running_mean = peek(norm.mean), running_variance = peek(norm.variance);
+    if (!running_mean || !running_variance) {
+      return std::nullopt;
+    }
+    mean = *running_mean;
+    variance = *running_variance;
+  }
+  Compute forward = activation == nullptr ? Compute() : forward_of(*activation);
+  Compute compute = [op = norm.op, weight = *weight, bias, mean, variance, training = norm.training,
+                     epsilon = norm.epsilon, forward = std::move(forward)](const Tensor& x) {
+    const NormArguments arguments = {get_or_undefined(weight),
+                                     get_or_undefined(bias),
+                                     get_or_undefined(mean),
+                                     get_or_undefined(variance),
+                                     training,
+                                     epsilon};
+    Tensor found;
+    {
+      const py::gil_scoped_release no_gil;
+      found = op(x, arguments);
+    }
+    return forward ? forward(found) : found;
+  };
+  if (!rules.gives_same_bits(norm, y, activation,
+                             [&] { return compute(packed_of(*input).get()); })) {
+    return std::nullopt;
+  }
+  return How{std::move(compute), *input};
+}
+
+// An activation of ours, from what its node saves, or a norm and an activation together.
+inline std::optional<How> of_activation(Rules& rules, const ActivationNode& node, const Tensor& y) {
+  if (!node.recording().recomputes || y._version() != node.inplace) {
+    return std::nullopt;
+  }
+  if (node.recording().saves == Saves::kX) {
+    const auto x = peek(node.saved);
+    return x && *x ? std::make_optional(How{forward_of(node), *x}) : std::nullopt;
+  }
+  // The node saves a mask. Its input is not at hand, but may be the output of a norm, as it was.
+  const auto& before = node.next_edge(0).function;
+  if (!rules.norm || !before || node.input_version != 0) {
+    return std::nullopt;
+  }
+  const auto norm = norm_of(*before);
+  return norm ? of_norm(rules, *norm, y, &node) : std::nullopt;
+}
+
+// How the output `y` of `node`, which in Python is `object`, is computed again, if there is a way.
+inline std::optional<How> recompute(Rules& rules, const Node& node, py::handle object,
+                                    const Tensor& y) {
+  try {
+    if (typeid(node) == typeid(ActivationNode)) {
+      return of_activation(rules, static_cast<const ActivationNode&>(node), y);
+    }
+    if (const auto norm = norm_of(node)) {
+      return y._version() == 0 ? of_norm(rules, *norm, y, nullptr) : std::nullopt;
+    }
+  } catch (const c10::Error&) {  // what the norm needs was changed since
+    return std::nullopt;
+  }
+  const py::object how = rules.recompute(object, y, rules.norm);
+  if (how.is_none()) {
+    return std::nullopt;
+  }
+  auto [compute, source] = how.cast<std::pair<py::object, py::object>>();
+  TORCH_CHECK_TYPE(is_packed(source), "expected what was packed");
+  auto call = [compute = std::move(compute)](const Tensor& x) {
+    return compute(x).template cast<Tensor>();
+  };
+  return How{std::move(call), std::move(source)};
+}
+
+}  // namespace fused_act::host
