@@ -87,8 +87,8 @@ def base_of(x: Tensor) -> Tensor:
 
 
 def version_of(x: Tensor) -> int:
-    """How many times autograd has seen `x` being written."""
-    return x._version
+    """How many times autograd has seen `x` being written; -1 of an inference tensor."""
+    return -1 if x.is_inference() else x._version
 
 
 def forward_class(node: Node) -> type[torch.autograd.Function] | None:
