@@ -465,6 +465,7 @@ MASKED = [fused_act.ReLU, fused_act.ReLU6, fused_act.LeakyReLU]
 
 @needs_compiler
 @pytest.mark.usefixtures("one_thread")
+@pytest.mark.filterwarnings("error:rematerialize")
 @pytest.mark.parametrize("name", ["conv-norm-act", "mobilenet_v2", "csp"])
 @pytest.mark.parametrize("kind", MASKED)
 @pytest.mark.parametrize("inplace", [False, True], ids=["", "inplace"])
@@ -748,13 +749,22 @@ def test_innermost_hooks_apply(weight):
 def test_norm_that_differs_the_second_time_is_kept(monkeypatch):
     monkeypatch.setattr(rematerialization, "same_bits", lambda a, b: False)
     monkeypatch.setattr(rematerialization, "SAME_BITS", {})
-    monkeypatch.setattr(rematerialization, "pack_hook", rematerialization.pack_hook.__wrapped__)
+    fresh = functools.cache(rematerialization.pack_hook.__wrapped__)
+    monkeypatch.setattr(rematerialization, "pack_hook", fresh)
     network = stack(fused_act.Mish, norm=True)
     x = torch.randn(2, 1, 16, 16)
     expected = gradients(network, x, plain())
     with pytest.warns(UserWarning, match="gives other bits the second time") as warned:
         found = gradients(network, x, remat(norm=True))
     assert len(warned) == 1
+    with remat(norm=True):
+        y = network(x)
+    kept = kept_bytes()
+    del y
+    with remat():
+        y = network(x)
+    assert kept == kept_bytes()
+    del y
     for a, b in zip(found, expected):
         assert torch.equal(a, b)
 

@@ -39,9 +39,7 @@ inline bool is_forward_mode_active() {
 // `differentiable_gradients` as a hook of the node `self`: hook(grads) before it, which makes them
 // those of x, or with a weight hook(outputs, grads) after it.
 PyObject* differentiable_backward(PyObject* self, PyObject* arguments);
-
-inline PyMethodDef hook_method = {"differentiable_backward", differentiable_backward, METH_VARARGS,
-                                  nullptr};
+inline PyMethodDef hook_method = {"differentiable_backward", differentiable_backward, METH_VARARGS};
 
 struct Saved {
   Tensor value, weight;
