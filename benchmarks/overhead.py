@@ -15,9 +15,7 @@ All of a table take turns on one thread. `us` and `reference_us` are medians and
 `reference_least_us` the least; `added_us` is the median of what ours took more in the same round.
 Of 8 activations in a row, and of 35 blocks of convolution, normalization and activation, it is the
 time of one activation; that of a block is what its network takes more than one with an identity.
-With `rematerialize` ours runs in that block (`-norm`: with `norm`), whose hooks meet what all
-layers save, and neither torch's own nor the identity does: its cost is the difference to "35
-blocks". The hooks are those of the host extension on all paths, where it is.
+A block under `rematerialize` (`-norm`: with `norm`) is beside the same block without.
 """
 
 from __future__ import annotations
@@ -180,7 +178,6 @@ class Direction(NamedTuple):
     seconds: float = SECONDS
     beside_identity: bool = False  # the run has more in it than calls
     more_rounds: int = 1  # times as many, where that more scatters
-    block: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext  # around ours
 
 
 DIRECTIONS = {
@@ -190,12 +187,10 @@ DIRECTIONS = {
     "forward and backward": Direction(forward_and_backward, WIDENED, 1, 2 * SECONDS),
     "8 in a row": Direction(in_a_row, (*FUNCTIONS, *IN_PLACE, *WEIGHTED), 8, 4 * SECONDS),
     "35 blocks": Direction(network, (*FUNCTIONS, *IN_PLACE, *WEIGHTED), BLOCKS, SECONDS, True, 10),
-    "35 blocks, rematerialize": Direction(
-        network, FUNCTIONS, BLOCKS, SECONDS, True, 10, fused_act.rematerialize
-    ),
-    "35 blocks, rematerialize-norm": Direction(
-        network, FUNCTIONS, BLOCKS, SECONDS, True, 10, partial(fused_act.rematerialize, norm=True)
-    ),
+}
+METHODS = {
+    "rematerialize": fused_act.rematerialize,
+    "rematerialize-norm": partial(fused_act.rematerialize, norm=True),
 }
 
 
@@ -301,7 +296,7 @@ def kernel_rows(rounds: int) -> Iterator[dict]:
         prepare, seconds = direction.prepare, direction.seconds
         for call, ours, reference, theirs in direction.functions if found else ():
             turns = {
-                path: turn_in(way, prepare(ours), seconds, direction.block)
+                path: turn_in(way, prepare(ours), seconds)
                 for path, (backend, way) in found.items()
                 if ROWS.get(call, "mish") in backend.ready().kernels
             }
@@ -316,6 +311,18 @@ def kernel_rows(rounds: int) -> Iterator[dict]:
                 yield row(
                     path, call, name, reference, seconds_of_path, torchs, nothing, direction.calls
                 )
+
+
+def rematerialize_rows(rounds: int) -> Iterator[dict]:
+    """A block of 35, within `rematerialize` and beside the same without it."""
+    for (name, method), (call, ours, *_) in itertools.product(METHODS.items(), FUNCTIONS):
+        found = {path: way for path, (_, way) in ways().items()}
+        within_method = [turn_in(way, network(ours), SECONDS, method) for way in found.values()]
+        without = [turn_in(way, network(ours), SECONDS) for way in found.values()]
+        times = in_turn([*within_method, *without], 4 * rounds)
+        for path, ours_within, ours_without in zip(found, times, times[len(found) :]):
+            direction = f"35 blocks, {name}"
+            yield row(path, call, direction, "without", ours_within, ours_without, calls=BLOCKS)
 
 
 def triton_rows(rounds: int) -> Iterator[dict]:
@@ -417,6 +424,7 @@ def main(arguments: argparse.Namespace) -> list[dict]:
     compiled = partial(torch.compile, fullgraph=True, dynamic=False)
     found = itertools.chain(
         kernel_rows(arguments.rounds),
+        rematerialize_rows(arguments.rounds),
         triton_rows(arguments.rounds),
         public_rows("fallback", lambda call: call, arguments.rounds),
         public_rows("compiled", compiled, arguments.rounds),

@@ -77,8 +77,11 @@ def peek(node: Node, field: str = "") -> Packed:
 
 def may_recompute(node: Node, norm: bool) -> bool:
     """Whether outputs of nodes of the type of `node` may be computed again."""
+    function = forward_class(node)
+    if function is not None:
+        return is_ours(function) and function.recompute is not None
     name = node.name()
-    return forward_class(node) is not None or name in ROWS_BY_NODE or (norm and name in NORMS)
+    return name in ROWS_BY_NODE or (norm and name in NORMS)
 
 
 def recompute(node: Node, y: Tensor, norm: bool) -> How | None:
@@ -86,7 +89,7 @@ def recompute(node: Node, y: Tensor, norm: bool) -> How | None:
     function = forward_class(node)
     try:
         if function is not None:
-            return of_function(node, function, y, norm) if is_ours(function) else None
+            return of_function(node, function, y, norm)
         if version_of(y) != 0:
             return None
         return of_norm(node, y) if norm and node.name() in NORMS else of_torch(node)
@@ -99,10 +102,10 @@ def of_torch(node: Node) -> How | None:
     return None if forward is None else (forward, peek(node, "self"))
 
 
-def of_function(node: Any, function: type[KernelFunction], y: Tensor, norm: bool) -> How | None:
+def of_function(node: Any, function: Any, y: Tensor, norm: bool) -> How | None:
     """An activation of ours, from what its node saves, or a norm and an activation together."""
     # A write bumps the version; those that autograd sees also change grad_fn.
-    if function.recompute is None or version_of(y) != function.writes:
+    if version_of(y) != function.writes:
         return None
     forward = function.recompute(node)
     if node.kernels.forward_with_mask is None:

@@ -61,6 +61,7 @@ def overhead() -> str:
             float(row[column])
             for row in measured
             if (row["path"], row["direction"]) == (path, direction)
+            if row["call"] not in OF_OTHER_FAMILIES
         ]
         return f"{min(added):{sign}.1f} to {max(added):{sign}.1f}" if added else ""
 
@@ -81,6 +82,62 @@ def overhead() -> str:
         ("`import fused_act` after `import torch`", f"{added_by_import / 1000:.0f} ms"),
     ]
     return tabulate(lines, ("µs", *directions), "github", disable_numparse=True)
+
+
+# Of overhead.csv: what is not beside an op of torch's own, or has a weight.
+OF_OTHER_FAMILIES = ("PReLU()", "Swish(learnable=True)", "CReLU(-1)")
+
+
+def other_calls() -> str:
+    """What calls of the other families, a block of `rematerialize` and Triton's launch take."""
+    from tabulate import tabulate
+
+    found = {(row["path"], row["call"], row["direction"]): row for row in rows("cpu/overhead.csv")}
+    lines = []
+    for call in OF_OTHER_FAMILIES:
+        for direction in ("no grad", "forward and backward"):
+            cpp, python = (
+                found[f"{way}, ops.cu", call, direction] for way in ("host extension", "python")
+            )
+            reference = float(cpp["reference_us"])
+            lines.append(
+                (
+                    f"`{call}`, {direction}",
+                    f"`{cpp['reference']}` {reference:.1f}",
+                    f"{float(cpp['added_us']):+.1f}",
+                    f"{float(python['added_us']):+.1f}",
+                )
+            )
+    for options, name in (("", "rematerialize()"), ("-norm", "rematerialize(norm=True)")):
+        for call in ("mish", "relu6"):
+            cpp, python = (
+                found[f"{way}, ops.cu", call, f"35 blocks, rematerialize{options}"]
+                for way in ("host extension", "python")
+            )
+            lines.append(
+                (
+                    f"`{name}`, a block with {call}",
+                    f"the block without {float(cpp['reference_us']):.0f}",
+                    f"{float(cpp['added_us']):+.1f}",
+                    f"{float(python['added_us']):+.1f}",
+                )
+            )
+    ours, triton = (
+        found["triton, stub driver", call, "launch"] for call in ("Launcher", "kernel[grid]")
+    )
+    lines.append(
+        (
+            "a Triton launch, ours",
+            f"the launch alone {float(ours['reference_us']):.1f}",
+            "",
+            f"{float(ours['added_us']):+.1f}",
+        )
+    )
+    lines.append(
+        ("a Triton launch, `kernel[grid]`", "the same", "", f"{float(triton['added_us']):+.1f}")
+    )
+    headers = ("µs", "beside", "in C++", "in Python")
+    return tabulate(lines, headers, "github", disable_numparse=True)
 
 
 def instructions() -> str:
@@ -263,6 +320,7 @@ TABLES = {
     "memory": memory,
     "compile": compiled,
     "overhead": overhead,
+    "other calls": other_calls,
     "faults": faults.table,
     "broken installs": faults.installs,
 }

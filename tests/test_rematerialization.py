@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fused_act
 from benchmarks.networks import csp_network, digits_network, stack
-from fused_act import packing, rematerialization
+from fused_act import host, packing, rematerialization
 from fused_act.rematerialization import same_bits, way
 from tests.shared import compiling
 from tests.shared.cases import BACKENDS, CASES, DEVICE, ON_HOST, all_rows, elementwise_rows
@@ -528,6 +528,35 @@ def test_nothing_is_kept_alive(weight):
         assert not [each for each in saved if each() is not None]
     finally:
         gc.enable()
+
+
+class Doubled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x * 2
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        return grad_output * 2
+
+
+@pytest.mark.skipif(isinstance(host.extension(), str), reason="Python asks each time")
+def test_python_is_asked_once_about_each_kind_of_node():
+    """A hook meets every tensor that anybody saves, and a call of Python takes microseconds."""
+    asked = []
+
+    def may_recompute(node, norm):
+        asked.append(node.name())
+        return False
+
+    hooks = way().Pack(may_recompute, None, None, False), way().unpack
+    x = torch.randn(5, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(*hooks):
+        for _ in range(3):
+            Doubled.apply(x).sin()
+            fused_act.MishFunction.apply(x).sin()
+            (x * 2).sin()
+    assert sorted(asked) == ["DoubledBackward", "MishFunctionBackward", "MulBackward0"]
 
 
 class Calls(torch.utils._python_dispatch.TorchDispatchMode):

@@ -50,13 +50,13 @@ inline py::object new_object(PyTypeObject& type, std::unique_ptr<Packed> packed)
 }
 
 // A tensor that is saved as ever, and must not have been changed when it is needed: with hooks,
-// torch does not look for changes. Detached, or an op that saves its own output would keep itself
-// alive.
+// torch does not look for changes. Detached if it is in the graph, or an op that saves its own
+// output would keep itself alive.
 struct Kept final : Packed {
   const Tensor tensor;
   const int64_t version;
 
-  Kept(Tensor detached, int64_t version) : tensor(std::move(detached)), version(version) {}
+  Kept(Tensor tensor, int64_t version) : tensor(std::move(tensor)), version(version) {}
 
   Tensor get() override {
     TORCH_CHECK(tensor._version() == version,
@@ -71,6 +71,9 @@ struct Kept final : Packed {
 inline py::object keep(py::handle object) {
   const Tensor& tensor = THPVariable_Unpack(object.ptr());
   const int64_t version = tensor._version();
+  if (!tensor.grad_fn()) {
+    return new_object(kept_type, std::make_unique<Kept>(tensor, version));
+  }
   // The class of a user's subclass may say what it is to be detached.
   Tensor detached = THPVariable_CheckExact(object.ptr()) ? tensor.tensor_data()
                                                          : object.attr("detach")().cast<Tensor>();

@@ -24,12 +24,26 @@ struct Rules {
         check_bits(std::move(check_bits)),
         norm(norm) {}
 
-  // Whether outputs of nodes of this type may be computed again; asked once.
+  // Whether outputs of nodes of this type may be computed again; asked once. All Functions of
+  // Python have one type in C++, and each has one of its own in Python, which is kept.
   bool takes(const NodePointer& node) {
-    return once(types_, &typeid(*node), [&] {
-      const auto object = py::reinterpret_steal<py::object>(functionToPyObject(node));
-      return may_recompute(object, norm).cast<bool>();
+    const auto object_of_node = [&] {
+      return py::reinterpret_steal<py::object>(functionToPyObject(node));
+    };
+    const Answer answer = once(types_, &typeid(*node), [&] {
+      const auto object = object_of_node();
+      const bool is_of_python = PyType_HasFeature(Py_TYPE(object.ptr()), Py_TPFLAGS_HEAPTYPE);
+      return is_of_python ? Answer::kByPythonType : ask(object);
     });
+    if (answer != Answer::kByPythonType) {
+      return answer == Answer::kYes;
+    }
+    const auto object = object_of_node();
+    PyTypeObject* type = Py_TYPE(object.ptr());
+    return once(python_types_, type, [&] {
+             Py_INCREF(type);
+             return ask(object);
+           }) == Answer::kYes;
   }
 
   // Whether `y` has the same bits when it is computed `again`; tried once for all that is alike.
@@ -49,14 +63,21 @@ struct Rules {
 
  private:
   using Configuration = std::vector<int64_t>;
+  enum class Answer { kNo, kYes, kByPythonType };
 
   std::mutex mutex_;
-  std::unordered_map<const std::type_info*, bool> types_;
+  std::unordered_map<const std::type_info*, Answer> types_;
+  std::unordered_map<PyTypeObject*, Answer> python_types_;
   std::map<std::pair<const std::type_info*, Configuration>, bool> norms_;
 
-  // The answer that is known, or that of `ask`, without the lock.
-  template <class Answers, class Ask>
-  bool once(Answers& answers, typename Answers::key_type key, const Ask& ask) {
+  Answer ask(const py::object& node) {
+    return may_recompute(node, norm).cast<bool>() ? Answer::kYes : Answer::kNo;
+  }
+
+  // The answer that is known, or that of `find`, without the lock.
+  template <class Answers, class Find>
+  typename Answers::mapped_type once(Answers& answers, typename Answers::key_type key,
+                                     const Find& find) {
     {
       const std::lock_guard<std::mutex> lock(mutex_);
       const auto known = answers.find(key);
@@ -64,7 +85,7 @@ struct Rules {
         return known->second;
       }
     }
-    const bool answer = ask();
+    const auto answer = find();
     const std::lock_guard<std::mutex> lock(mutex_);
     return answers[std::move(key)] = answer;
   }
