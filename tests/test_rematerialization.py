@@ -530,7 +530,7 @@ def test_nothing_is_kept_alive(weight):
         gc.enable()
 
 
-class Doubled(torch.autograd.Function):
+class Twice(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):
         return x * 2
@@ -553,10 +553,10 @@ def test_python_is_asked_once_about_each_kind_of_node():
     x = torch.randn(5, requires_grad=True)
     with torch.autograd.graph.saved_tensors_hooks(*hooks):
         for _ in range(3):
-            Doubled.apply(x).sin()
+            Twice.apply(x).sin()
             fused_act.MishFunction.apply(x).sin()
             (x * 2).sin()
-    assert sorted(asked) == ["DoubledBackward", "MishFunctionBackward", "MulBackward0"]
+    assert sorted(asked) == ["MishFunctionBackward", "MulBackward0", "TwiceBackward"]
 
 
 class Calls(torch.utils._python_dispatch.TorchDispatchMode):
