@@ -67,6 +67,7 @@ test-all: $(VENV)/test $(VENV)/triton-oldest $(TIMM_VENV)/test $(EXTENSIONS)
 	TRITON_INTERPRET=1 $(RUN) $(TESTS) -m full || status=1; \
 	TRITON_INTERPRET=1 $(RUN) $(TESTS) -m full $(IN_PYTHON) || status=1; \
 	PYTHONPATH=$(VENV)/triton-oldest $(RUN) -m pytest tests/test_machine_code.py -k compiles || status=1; \
+	PYTHONPATH=$(VENV)/triton-oldest $(RUN) -m pytest tests/test_triton_launch.py || status=1; \
 	$(RUN_TIMM) -m pytest -m timm tests || status=1; \
 	if [ $$status = 0 ]; then echo "make test-all: all that make test leaves out passed"; \
 	else echo "make test-all: FAILED, see above"; fi; exit $$status

@@ -201,6 +201,10 @@ def memory() -> str:
         "Mish, `rematerialize(norm=True)`": ("cpu", "mish", "fallback", "rematerialize-norm"),
         "Mish, checkpoint of each block": ("cpu", "mish", "aten", "checkpoint"),
         "ReLU6 kernel, bits": ("cpu_interpreter", "relu6", "triton", ""),
+        "with `rematerialize(norm=True)`": (
+            *("cpu_interpreter", "relu6", "triton"),
+            "rematerialize-norm",
+        ),
     }
     found = [shares(f"{folder}/memory.csv", *contender) for folder, *contender in columns.values()]
     lines = [(case, *(each[case] for each in found)) for case in found[2]]
