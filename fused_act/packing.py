@@ -95,7 +95,8 @@ class Pack:
             may be computed again.
         recompute: `recompute(node, y, norm) -> compute, source`, how the output `y` of `node` is,
             or None if it is not.
-        check_bits: what `recompute` calls here, and C++ itself.
+        check_bits: whether an output has the same bits the second time. `recompute` calls it; C++
+            has rules of its own for norms, which call it, too.
         norm: passed on to both.
     """
 

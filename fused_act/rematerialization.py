@@ -128,33 +128,47 @@ def of_norm(
     It is computed from the input of the norm, while training with the statistics.
     """
     op, epsilon_name = NORMS[node.name()]
-    x, weight, bias = peek(node, "input"), None, None
-    if raw_saved(node, "weight").data is not None:
-        weight = peek(node, "weight")
-        bias = getattr(node.next_functions[2][0], "variable", None)
-        if bias is None:  # frozen or computed: the node does not know it
-            return None
-        bias = way().Kept(bias)
     training, epsilon = saved(node, "training"), saved(node, epsilon_name)
-    mean = variance = None
-    if not training:
-        mean, variance = peek(node, "running_mean"), peek(node, "running_var")
+    x = peek(node, "input")
+    weight, mean, variance = (
+        None if raw_saved(node, field).data is None else peek(node, field)
+        for field in ("weight", "running_mean", "running_var")
+    )
+    bias = getattr(node.next_functions[2][0], "variable", None)
+    # A bias that is frozen or computed the node does not know.
+    if (bias is None) != (weight is None):
+        return None
+    bias = bias if bias is None else way().Kept(bias)
+    dtypes = tuple(kept and kept.get().dtype for kept in (weight, mean, variance))
+    if training:
+        mean = variance = None
+    elif mean is None or variance is None:
+        return None
+    else:  # a norm that trains meanwhile writes its statistics unseen
+        mean, variance = (way().Kept(kept.get().clone()) for kept in (mean, variance))
 
     def compute(x: Tensor) -> Tensor:
         arguments = (kept and kept.get() for kept in (weight, bias, mean, variance))
         return forward(op(x, *arguments, training, 0.0, epsilon)[0])
 
-    configuration = (node.name(), training, y.device, y.dtype, y.shape, y.stride(), function)
-    if configuration not in SAME_BITS:
-        SAME_BITS[configuration] = check_bits(node.name(), compute(x.get()), y)
-    return (compute, x) if SAME_BITS[configuration] else None
+    layout = y.device, y.dtype, y.shape, y.stride()
+    configuration = (node.name(), training, layout, dtypes, function)
+    same = None if weight is None else SAME_BITS.get(configuration)
+    if same is None:
+        same = check_bits(node.name(), compute(x.get()), y, x.get())
+        # Without a weight nothing tells whether there was a bias.
+        if same is not None and weight is not None:
+            SAME_BITS[configuration] = same
+    return (compute, x) if same else None
 
 
-def check_bits(op: str, again: Tensor, y: Tensor) -> bool:
-    """Whether `y`, which went through the node `op` and is now computed again, has the same bits.
+def check_bits(op: str, again: Tensor, y: Tensor, x: Tensor) -> bool | None:
+    """Whether `y`, the output of the node `op` for `x`, has the same bits `again`.
 
-    Warns if it has not.
+    Warns if it has not. Returns None where the values do not tell, since all of them are one.
     """
+    if is_constant(x) or is_constant(y):
+        return None
     same = same_bits(again, y)
     if not same:
         warnings.warn(
@@ -163,6 +177,10 @@ def check_bits(op: str, again: Tensor, y: Tensor) -> bool:
             stacklevel=2,
         )
     return same
+
+
+def is_constant(x: Tensor) -> bool:
+    return x.numel() == 0 or bool((x == x.flatten()[0]).all())
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
@@ -184,15 +202,14 @@ def rematerialize(*, norm: bool = False) -> Iterator[None]:
     with another `beta` than 1 where no kernel runs, of an activation with a learnable weight, of a
     user's subclass of a Function, of one whose output was changed afterwards or cast by autocast,
     and a view of an output that negates it, such as `z.conj().imag` of a complex view z
-    (pytorch#184379). A change through `.data` is one that nobody sees: the output is computed again
-    as it was before.
+    (pytorch#184379).
 
     Args:
         norm: also compute the outputs of batch normalization again, from its input, and with them
             those of the kernels that save bits, in place or not, where they follow one. Where torch
             does not give the same bits twice, which the first call of each shape tries, one warning
-            says so and they are kept. It takes a norm whose weight and bias are parameters that
-            require grad, or that has none.
+            says so and they are kept. It takes a norm whose bias is a parameter that requires grad,
+            or one without weight and bias, which is tried at each call.
 
     PyTorch runs only the innermost of nested saved-tensor hooks: within `torch.utils.checkpoint` or
     `save_on_cpu` in the block theirs apply, and within this block theirs do not. Under
@@ -200,8 +217,14 @@ def rematerialize(*, norm: bool = False) -> Iterator[None]:
     transform of `torch.func`, which takes no such hooks: `torch.func.grad` of a function that has
     the block in it works, and within the block it raises, as within any block of hooks.
 
+    Three writes are not seen: one through `.data`, after which the output is computed again as it
+    was before; one under `no_grad` to a norm's bias, between the norm and what saves its output;
+    and one to a tensor that a user's Function has saved, by the backward of that Function.
+
     Raises:
         RuntimeError: in backward, as torch does, where a tensor that is needed was changed.
+        RecursionError: in backward, where more activations and norms than Python's recursion limit
+            follow each other with no other layer between them.
     """
     if torch.compiler.is_compiling() or is_transformed():
         yield

@@ -258,6 +258,20 @@ def test_a_weight_with_a_tangent_or_written_later(case, way):
         y.sum().backward()
 
 
+@of_family("mirrored")
+@both_ways
+@pytest.mark.usefixtures("way_to_ops")
+def test_differentiable_gradients_of_rows_of_one_element(case, way):
+    """A row of the mask is a byte, of which such a row of x has one bit."""
+    results = []
+    for function in (case.row.activate, case.row.torch_forward):
+        x = torch.tensor([[-1.0], [2.0], [-3.0]], requires_grad=True)
+        y = function(x, 1)
+        grad_output = torch.arange(1.0, 7.0).reshape(3, 2)
+        results += torch.autograd.grad(y, x, grad_output, create_graph=True)
+    assert torch.equal(*results)
+
+
 @weighted_rows
 def test_hooks_that_compiled_autograd_does_not_take(case, calls):
     y = case.facts.function(values(5, 6), values(6))

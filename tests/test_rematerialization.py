@@ -6,6 +6,7 @@ Without a GPU the kernels run in the interpreter, as in test_kernels.py.
 import contextlib
 import functools
 import gc
+import inspect
 import random
 import threading
 import weakref
@@ -528,6 +529,139 @@ def test_nothing_is_kept_alive(weight):
         assert not [each for each in saved if each() is not None]
     finally:
         gc.enable()
+
+
+def norm_and_conv(x, conv_weight, *parameters, training=True, running=None):
+    """The gradient of the convolution, whose input is a norm's output."""
+    mean, variance = running or (None, None)
+    y = F.batch_norm(x, mean, variance, *parameters, training=training)
+    return F.conv2d(y, conv_weight)
+
+
+def trainable(*shape):
+    return torch.randn(shape).requires_grad_()
+
+
+# What one norm is, and then another that looks alike.
+ALIKE = {
+    "without a weight": lambda: ((trainable(4), trainable(4)), (None, None)),
+    "with a bias alone": lambda: ((trainable(4), trainable(4)), (None, trainable(4))),
+    "with a frozen bias alone": lambda: ((None, None), (None, torch.randn(4))),
+    "of another dtype": lambda: (
+        (trainable(4).detach().bfloat16().requires_grad_(),) * 2,
+        (trainable(4), trainable(4)),
+    ),
+}
+
+
+@pytest.mark.usefixtures("hooks")
+@pytest.mark.filterwarnings("ignore:rematerialize")
+@pytest.mark.parametrize("make", ALIKE.values(), ids=ALIKE)
+@pytest.mark.parametrize("swapped", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_norms_that_look_alike(monkeypatch, make, swapped, dtype):
+    """What was found of one is not taken for the other."""
+    monkeypatch.setattr(rematerialization, "SAME_BITS", {})
+    torch.manual_seed(0)
+    pairs = make()
+    conv_weight = trainable(4, 4, 1, 1).detach().to(dtype).requires_grad_()
+    x = torch.randn(2, 4, 3, 5, dtype=dtype, requires_grad=True)
+    for parameters in reversed(pairs) if swapped else pairs:
+        if dtype is torch.float32 and any(
+            p is not None and p.dtype is not dtype for p in parameters
+        ):
+            continue
+        found = []
+        for block in (remat(norm=True), plain()):
+            with block:
+                y = norm_and_conv(x, conv_weight, *parameters)
+            found.append(torch.autograd.grad(y.square().sum(), conv_weight)[0])
+        assert torch.equal(*found)
+
+
+@pytest.mark.usefixtures("hooks")
+@pytest.mark.filterwarnings("ignore:rematerialize")
+def test_values_that_tell_nothing_are_not_a_try(monkeypatch):
+    """Zeros have the same bits however they are computed."""
+    monkeypatch.setattr(rematerialization, "SAME_BITS", {})
+    asked, check_bits = [], rematerialization.check_bits
+
+    def counted(*args):
+        asked.append(check_bits(*args))
+        return asked[-1]
+
+    monkeypatch.setattr(rematerialization, "check_bits", counted)
+    monkeypatch.setattr(rematerialization, "pack_hook", inspect.unwrap(rematerialization.pack_hook))
+    conv_weight, parameters = trainable(4, 4, 1, 1), (trainable(4), trainable(4))
+    for x in (torch.zeros(2, 4, 3, 5), torch.randn(2, 4, 3, 5)):
+        with remat(norm=True):
+            norm_and_conv(x.requires_grad_(), conv_weight, *parameters)
+    assert asked == [None, True]
+
+
+@pytest.mark.usefixtures("hooks")
+def test_statistics_that_a_later_step_writes():
+    """Training writes them and counts no version."""
+    bn, conv_weight = nn.BatchNorm2d(4), trainable(4, 4, 1, 1)
+    x, other = torch.randn(2, 2, 4, 3, 5).unbind()
+    found = []
+    for block in (remat(norm=True), plain()):
+        bn.reset_running_stats()
+        bn.eval()
+        with block:
+            y = F.conv2d(bn(x), conv_weight)
+        bn.train()
+        bn(other + 5)
+        found.append(torch.autograd.grad(y.square().sum(), conv_weight)[0])
+    assert torch.equal(*found)
+
+
+@pytest.mark.usefixtures("hooks")
+@pytest.mark.parametrize("way", [*ON_HOST, "auto"])
+def test_what_was_saved_outside_and_changed_then_is_kept(way):
+    with ON_HOST[way]() if way in ON_HOST else plain():
+        for of_norm in (False, True):
+            found = []
+            for block in (remat(norm=True), plain()):
+                torch.manual_seed(0)
+                weight, h = trainable(4, 4, 1, 1), trainable(2, 4, 3, 5) * 1
+                norm_parameters = nn.BatchNorm2d(4)
+                y = norm_parameters(h) if of_norm else fused_act.mish(h)
+                with torch.no_grad():
+                    h.add_(1)
+                with block:
+                    z = F.conv2d(y, weight)
+                found.append(torch.autograd.grad(z.square().sum(), weight)[0])
+            assert torch.equal(*found)
+
+
+@pytest.mark.skipif(isinstance(host.extension(), str), reason="torch's getters do not lock")
+@pytest.mark.skipif(compiling.COMPILER is None, reason="needs a C++ compiler")
+def test_a_graph_that_another_thread_frees():
+    """What is being freed is kept: neither waits for the other, and nothing gone is read."""
+    errors = []
+
+    def use(y, weight, barrier):
+        barrier.wait()
+        try:
+            with remat():
+                for _ in range(20):
+                    y * weight
+        except RuntimeError as error:
+            errors.append(error)
+
+    for _ in range(200):
+        x, weight, barrier = trainable(64), trainable(64), threading.Barrier(2)
+        with ON_HOST["csrc"](), remat():
+            y = fused_act.mish(x)
+        thread = threading.Thread(target=use, args=(y, weight, barrier))
+        thread.start()
+        total = y.sum()
+        barrier.wait()
+        total.backward()
+        thread.join(60)
+        assert not thread.is_alive()
+    assert not errors
 
 
 class Twice(torch.autograd.Function):

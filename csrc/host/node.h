@@ -123,11 +123,8 @@ struct ActivationNode final : Node {
     entry.ops[backward_field(saves)]->callBoxed(stack);
     variable_list result{std::move(stack.at(0)).toTensor()};
     if (found.weight.defined()) {
-      Tensor of_weight = std::move(stack.at(1)).toTensor();
-      if (found.weight.scalar_type() != at::kFloat) {
-        of_weight = of_weight.to(found.weight.scalar_type());
-      }
-      result.push_back(of_weight.view(found.weight.sizes()));
+      // In fp32; autograd casts it to the dtype of the weight.
+      result.push_back(std::move(stack.at(1)).toTensor().view(found.weight.sizes()));
     }
     return result;
   }

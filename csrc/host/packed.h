@@ -160,17 +160,27 @@ inline PyObject* unpack(PyObject*, PyObject* object) {
 
 inline PyObject* unpack_function = nullptr;
 
-// What was made of the tensor that `saved` holds: null if there is none, and nothing if the hooks
-// of others hold it.
-inline std::optional<py::object> peek(const SavedVariable& saved) {
+// The mutex of any node, which guards what it saves.
+struct LockOf : Node {
+  static std::mutex& get(const Node& node) { return const_cast<Node&>(node).*(&LockOf::mutex_); }
+};
+
+// What was made of the tensor that `node` holds as `saved`: null if there is none, and nothing if
+// the hooks of others hold it. Nothing too while another thread runs the node or frees what it
+// saves: waiting for it would be a deadlock, since its hooks may wait for Python's lock.
+inline std::optional<py::object> peek(const Node& node, const SavedVariable& saved) {
+  const std::unique_lock<std::mutex> lock(LockOf::get(node), std::try_to_lock);
+  if (!lock) {
+    return std::nullopt;
+  }
   if (const auto held = saved.retrieve_unpack_hook_data()) {
     if (held->first.ptr(getPyInterpreter()) != unpack_function) {
       return std::nullopt;
     }
     return py::reinterpret_borrow<py::object>(held->second.ptr(getPyInterpreter()));
   }
-  const std::optional<Tensor> tensor = saved.get_raw_data();
-  return tensor && tensor->defined() ? keep(py::cast(*tensor)) : py::object();
+  const Tensor tensor = saved.unpack();  // raises if it was changed since, or freed
+  return tensor.defined() ? keep(py::cast(tensor)) : py::object();
 }
 
 }  // namespace fused_act::host

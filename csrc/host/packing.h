@@ -61,7 +61,7 @@ inline py::object pack(Rules& rules, py::handle object) {
   return found;
 }
 
-// Pack(may_recompute, recompute, check_bits, norm): the hook that packs. Never freed.
+// Pack(may_recompute, recompute, check_bits, norm): the hook that packs. Its rules are never freed.
 struct Pack {
   PyObject_HEAD vectorcallfunc call;
   Rules* rules;

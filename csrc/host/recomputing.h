@@ -13,7 +13,7 @@ namespace fused_act::host {
 
 using torch::autograd::functionToPyObject;
 
-// The rules of Python for what is computed again, see the class `Pack` there.
+// The rules of Python for what is computed again, see the class `Pack` in packing.py.
 struct Rules {
   const py::object may_recompute, recompute, check_bits;
   const bool norm;
@@ -46,20 +46,43 @@ struct Rules {
            }) == Answer::kYes;
   }
 
-  // Whether `y` has the same bits when it is computed `again`; tried once for all that is alike.
-  template <class Again>
-  bool gives_same_bits(const Norm& norm, const Tensor& y, const ActivationNode* activation,
-                       const Again& again) {
+  // Whether `y` has the same bits when it is computed again from `input`; tried once for all that
+  // is alike. `dtypes` are those of the norm's weight and statistics. Without a weight it is tried
+  // each time, since the node does not tell whether there was a bias.
+  bool gives_same_bits(const Norm& norm, const py::object& input, const Tensor& y,
+                       const ActivationNode* activation, const std::array<int64_t, 3>& dtypes,
+                       const Compute& compute) {
     const auto device = y.device();
     Configuration configuration = {norm.training, static_cast<int64_t>(device.type()),
                                    device.index(), static_cast<int64_t>(y.scalar_type()),
                                    activation == nullptr ? -1 : activation->entry.index};
+    configuration.insert(configuration.end(), dtypes.begin(), dtypes.end());
     for (const auto values : {y.sizes(), y.strides()}) {
       configuration.insert(configuration.end(), values.begin(), values.end());
     }
-    return once(norms_, std::pair(&typeid(norm.node), std::move(configuration)),
-                [&] { return check_bits(norm.node.name(), again(), y).template cast<bool>(); });
+    const bool is_known_by_weight = dtypes[0] != kNone;
+    const auto key = std::pair(&typeid(norm.node), std::move(configuration));
+    if (is_known_by_weight) {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      const auto known = norms_.find(key);
+      if (known != norms_.end()) {
+        return known->second;
+      }
+    }
+    const Tensor x = packed_of(input).get();
+    const py::object same = check_bits(norm.node.name(), compute(x), y, x);
+    if (same.is_none()) {
+      return false;
+    }
+    const bool answer = same.cast<bool>();
+    if (is_known_by_weight) {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      norms_[key] = answer;
+    }
+    return answer;
   }
+
+  static constexpr int64_t kNone = -1;  // the dtype of no tensor
 
  private:
   using Configuration = std::vector<int64_t>;
@@ -109,28 +132,38 @@ inline Tensor get_or_undefined(const py::object& packed) {
   return packed ? packed_of(packed).get() : Tensor();
 }
 
+inline int64_t dtype_of(const py::object& packed) {
+  return packed ? static_cast<int64_t>(packed_of(packed).get().scalar_type()) : Rules::kNone;
+}
+
+// A copy, which a norm that trains meanwhile does not change: it writes its statistics unseen.
+inline py::object keep_copy(const py::object& packed) {
+  return keep(py::cast(packed_of(packed).get().clone()));
+}
+
 // The output `y` of a batch normalization, or of `activation` after it.
 inline std::optional<How> of_norm(Rules& rules, const Norm& norm, const Tensor& y,
                                   const ActivationNode* activation) {
-  const auto input = peek(norm.input), weight = peek(norm.weight);
-  if (!input || !*input || !weight) {
+  const auto input = peek(norm.node, norm.input), weight = peek(norm.node, norm.weight);
+  const auto running_mean = peek(norm.node, norm.mean);
+  const auto running_variance = peek(norm.node, norm.variance);
+  if (!input || !*input || !weight || !running_mean || !running_variance) {
+    return std::nullopt;
+  }
+  const Tensor leaf = norm.bias();
+  if (leaf.defined() != static_cast<bool>(*weight)) {
     return std::nullopt;
   }
   py::object bias, mean, variance;
-  if (*weight) {
-    const Tensor leaf = norm.bias();
-    if (!leaf.defined()) {
-      return std::nullopt;
-    }
+  if (leaf.defined()) {
     bias = keep(py::cast(leaf));
   }
   if (!norm.training) {
-    const auto running_mean = peek(norm.mean), running_variance = peek(norm.variance);
-    if (!running_mean || !running_variance) {
+    if (!*running_mean || !*running_variance) {
       return std::nullopt;
     }
-    mean = *running_mean;
-    variance = *running_variance;
+    mean = keep_copy(*running_mean);
+    variance = keep_copy(*running_variance);
   }
   Compute forward = activation == nullptr ? Compute() : forward_of(*activation);
   Compute compute = [op = norm.op, weight = *weight, bias, mean, variance, training = norm.training,
@@ -148,8 +181,9 @@ inline std::optional<How> of_norm(Rules& rules, const Norm& norm, const Tensor& 
     }
     return forward ? forward(found) : found;
   };
-  if (!rules.gives_same_bits(norm, y, activation,
-                             [&] { return compute(packed_of(*input).get()); })) {
+  const std::array<int64_t, 3> dtypes = {dtype_of(*weight), dtype_of(*running_mean),
+                                         dtype_of(*running_variance)};
+  if (!rules.gives_same_bits(norm, *input, y, activation, dtypes, compute)) {
     return std::nullopt;
   }
   return How{std::move(compute), *input};
@@ -161,7 +195,7 @@ inline std::optional<How> of_activation(Rules& rules, const ActivationNode& node
     return std::nullopt;
   }
   if (node.recording().saves == Saves::kX) {
-    const auto x = peek(node.saved);
+    const auto x = peek(node, node.saved);
     return x && *x ? std::make_optional(How{forward_of(node), *x}) : std::nullopt;
   }
   // The node saves a mask. Its input is not at hand, but may be the output of a norm, as it was.
@@ -183,7 +217,7 @@ inline std::optional<How> recompute(Rules& rules, const Node& node, py::handle o
     if (const auto norm = norm_of(node)) {
       return y._version() == 0 ? of_norm(rules, *norm, y, nullptr) : std::nullopt;
     }
-  } catch (const c10::Error&) {  // what the norm needs was changed since
+  } catch (const c10::Error&) {  // what the node needs was changed since, or freed
     return std::nullopt;
   }
   const py::object how = rules.recompute(object, y, rules.norm);

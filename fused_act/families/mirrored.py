@@ -162,7 +162,7 @@ def grad_input(
     if not is_backward_differentiated():
         return call(ctx.kernels.backward, grad_output, saved, dim, ctx.stride)
     layout = Layout.of(ctx.shape, ctx.stride, dim)
-    bits = unpack(saved)[..., : layout.columns].reshape(-1)
+    bits = unpack(saved)[..., : layout.columns].flatten().contiguous()
     signs = bits.as_strided(layout.shape, layout.stride).to(grad_output.dtype) * 2 - 1
     x, mirrored = (signs.narrow(dim, start, ctx.shape[dim]) for start in (0, ctx.shape[dim]))
     return row.torch_backward(grad_output, x, mirrored, dim) + anchor[0].sum()
