@@ -11,10 +11,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from benchmarks import environment
-from benchmarks.providers import DTYPES, FEATURED
-from fused_act.activations import FAMILIES
-
-ELEMENTWISE = {row.name: row for row in FAMILIES["elementwise"]}
+from benchmarks.providers import DEFAULT, DTYPES
+from fused_act.activations import ROWS
 
 
 def add_results(parser: argparse.ArgumentParser, folder: str = "") -> None:
@@ -31,8 +29,8 @@ def add_results(parser: argparse.ArgumentParser, folder: str = "") -> None:
 
 def add_activations(
     parser: argparse.ArgumentParser,
-    choices: Mapping[str, object] = ELEMENTWISE,
-    default: Sequence[object] = FEATURED,
+    choices: Mapping[str, object] = ROWS,
+    default: Sequence[object] = DEFAULT,
 ) -> None:
     """Args: choices: what each name stands for; default: some of these."""
     names = [name for name, value in choices.items() if value in default]

@@ -4,7 +4,8 @@
 
 - speed_by_size.png and speed_by_dtype.png, from speed.csv: the speed of the public functions, on a
   GPU that of the kernels, as a share of that of a copy of the same bytes. Bands and whiskers reach
-  from the 20 % to the 80 % quantile of the time. What the host bounds is left out, see `quotable`.
+  from the 20 % to the 80 % quantile of the time. What the host bounds is left out, see
+  `benchmarks.speed.quotable`.
 - small_tensors.png, from kernels_alone.csv: kernels without their launch, on small tensors.
 - networks.png, from networks.csv: time and memory of training steps.
 - memory.png, from memory.csv: what autograd saves for backward;
@@ -26,6 +27,7 @@ from matplotlib.figure import Figure
 from benchmarks import environment, options, pictures
 from benchmarks.pictures import BLACK, BLUE, GREEN, GREY, ORANGE, SKY_BLUE, VERMILLION
 from benchmarks.providers import DTYPES
+from benchmarks.speed import quotable
 
 STYLES = {
     "cuda": {"color": BLUE, "marker": "o"},
@@ -72,21 +74,6 @@ def numel(row: dict) -> int:
 
 def tensor_bytes(row: dict) -> int:
     return numel(row) * DTYPES[row["dtype"]].itemsize
-
-
-def quotable(row: dict) -> bool:
-    """Whether a time of speed.csv is that of the device.
-
-    On a GPU the time between two events is the host's where that takes longer than the flush of the
-    L2 cache and the kernels: for kernels on 2^22 elements and fewer, and for public functions of
-    less than 0.6 ms, which is what the slowest took the host. A CUDA graph of few runs takes as
-    long as it needs to start.
-    """
-    if not row["median"] or not row["gpu"]:
-        return bool(row["median"])
-    if row["api"] == "kernel":
-        return row["launch"] == "call" and numel(row) > 2**22
-    return row["launch"] == "call" and float(row["median"]) >= 0.6
 
 
 def drawn(rows: list[dict]) -> list[dict]:

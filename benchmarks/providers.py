@@ -16,7 +16,7 @@ from fused_act import dispatch, ops
 from fused_act.activations import ROWS
 from fused_act.backends.triton import INTERPRET
 from fused_act.dispatch import Kernels
-from fused_act.families.elementwise import Elementwise
+from fused_act.families.base import Row
 from tests.shared import facts
 from tests.shared.facts import FACTS
 
@@ -25,8 +25,10 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # Who asks for Triton's interpreter wants the kernels on CPU tensors.
 DEVICE = torch.device("cpu") if INTERPRET else default_device()
 
-# What is compared unless others are asked for.
+# What is compared unless others are asked for: what the package is made for, and one row of each
+# other family, of which weights have two.
 FEATURED = tuple(ROWS[name] for name in facts.FEATURED)
+DEFAULT = (*FEATURED, *(ROWS[name] for name in ("prelu", "learnable_swish", "crelu")))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +38,8 @@ class Provider:
     Args:
         name: what tables call it.
         function: `function(activation, inplace)` is the differentiable `x -> y`, as users call it,
-            or None if there is none. It is to be called while `backend` is selected.
+            or None if there is none. A weight, if the activation has one, follows `x`; see
+            `weights`. It is to be called while `backend` is selected.
         is_ours: it is what fused_act is for, and not what a user could pick instead.
         kernels: the raw ops of an activation, without autograd, if there are any; None in place of
             those that are missing.
@@ -46,9 +49,9 @@ class Provider:
     """
 
     name: str
-    function: Callable[[Elementwise, bool], Callable[[Tensor], Tensor] | None]
+    function: Callable[[Row, bool], Callable[..., Tensor] | None]
     is_ours: bool = False
-    kernels: Callable[[Elementwise], Kernels] | None = None
+    kernels: Callable[[Row], Kernels] | None = None
     backend: str = "auto"
     compiles: bool = False
     package: str | None = None
@@ -84,29 +87,51 @@ class Provider:
         return self.compile(function)
 
 
-def parameters(activation: Elementwise) -> tuple[float, ...]:
+def parameters(activation: Row) -> tuple[float, ...]:
     return FACTS[activation.name].defaults
 
 
-def fused(activation: Elementwise, inplace: bool) -> Callable[[Tensor], Tensor]:
-    function, arguments = FACTS[activation.name].function, parameters(activation)
+def weights(activation: Row, channels: int = 1, **options) -> tuple[Tensor, ...]:
+    """The weight that follows `x`, if there is one, with the value that its module begins with.
+
+    Args:
+        options: its dtype and its device.
+    """
+    values = FACTS[activation.name].weights
+    return (torch.full((channels,), values[0], **options),) if values else ()
+
+
+def with_defaults(
+    activation: Row, function: Callable[..., Tensor], inplace: bool
+) -> Callable[..., Tensor] | None:
+    """`function` of x and the weight alone, or None where it does not work in place."""
+    arguments = parameters(activation)
+    if not hasattr(activation, "InplaceFunction"):
+        return None if inplace else lambda x, *weights: function(x, *weights, *arguments)
     return lambda x: function(x, *arguments, inplace=inplace)
 
 
-def aten(activation: Elementwise, inplace: bool) -> Callable[[Tensor], Tensor]:
-    function, arguments = activation.torch_forward, parameters(activation)
-    return lambda x: function(x, *arguments, inplace=inplace)
+def fused(activation: Row, inplace: bool) -> Callable[..., Tensor] | None:
+    return with_defaults(activation, FACTS[activation.name].function, inplace)
 
 
-def naive(activation: Elementwise, inplace: bool) -> Callable[[Tensor], Tensor] | None:
+def aten(activation: Row, inplace: bool) -> Callable[..., Tensor] | None:
+    """torch's own op, or the definition in its ops: there is none for learnable Swish and CReLU."""
+    return with_defaults(activation, activation.torch_forward, inplace)
+
+
+def naive(activation: Row, inplace: bool) -> Callable[..., Tensor] | None:
     return None if inplace else FACTS[activation.name].naive
 
 
-def aten_kernels(activation: Elementwise) -> Kernels:
+def aten_kernels(activation: Row) -> Kernels:
+    if activation.family != "elementwise":
+        # There their backward is several ops; autograd runs them in the rows of public functions.
+        return Kernels(activation.torch_forward)
     return activation.eager._replace(forward_out=FACTS[activation.name].aten_out)
 
 
-def flag_gems_kernels(activation: Elementwise) -> Kernels:
+def flag_gems_kernels(activation: Row) -> Kernels:
     gems = importlib.import_module("flag_gems.ops")
     forward, backward = (getattr(gems, name, None) for name in FACTS[activation.name].flag_gems)
     # They have no parameters to take: Swish is SiLU there.
@@ -117,7 +142,7 @@ def flag_gems_kernels(activation: Elementwise) -> Kernels:
     )
 
 
-def raw_ops(namespace: str) -> Callable[[Elementwise], Kernels]:
+def raw_ops(namespace: str) -> Callable[[Row], Kernels]:
     return lambda activation: ops.kernels(namespace)[activation.name]
 
 

@@ -1,28 +1,33 @@
 """How long the kernels take, next to everything a user could pick instead.
 
-    python -m benchmarks speed [--quick | --full] [--sizes 2^14 2^27] [--dtypes bf16]
+    python -m benchmarks speed [--quick | --full | --edges] [--sizes 2^14 2^27] [--dtypes bf16]
 
 The yardstick is a copy that moves the same bytes, timed among the others: no kernel that has to
 move these bytes is much faster. Every median comes as a share of it. Where that is over 100 %, the
 call moved fewer bytes than the formula says: `torch.compile` saves a byte for ReLU6's gradient.
 
-- kernel: raw ops without autograd, which write into an output that is there already. Backward, and
-  ReLU6's mask, are allocated, by ours and by the others alike. public: what users call, through
-  autograd; backward is `torch.autograd.grad` alone, through a graph that is kept.
-- call: on a GPU the time between two events around the call, the L2 cache flushed before it. The
-  host runs ahead during the flush, which hides its own time where that is the shorter of the two.
-  graph: small tensors once more, many runs in one CUDA graph, the L2 cache warm; what is left is
-  the kernel without its launch.
+- kernel: raw ops without autograd, which write into an output that is there already, where the op
+  can. Backward, and masks, are allocated, by ours and by the others alike. public: what users call,
+  through autograd; backward is `torch.autograd.grad` alone, through a graph that is kept.
+- call: on a GPU the time between two events around the call, the L2 cache cleared before it. Before
+  the first event the GPU waits until the host has put the whole call into its queue, so the time is
+  that of the device alone. What the call costs the host is a column of its own, host_us. `bound`
+  says "host" where no wait was long enough, and "device" where the time is that of the device.
+  graph: small tensors once more, 200 runs in one CUDA graph, the L2 cache warm; what is left is the
+  kernel without its launch.
 - All take turns, in rounds, each round in another order: heat and clocks, or a busy machine, meet
   all of them alike. The quantiles are those of all runs of all rounds.
-- forward is that of training, in which our ReLU6 also writes its mask; inference writes none.
+- forward is that of training, in which our ReLU6 and CReLU also write a mask; inference writes
+  none. PReLU and the learnable Swish have a weight for each channel, and CReLU makes two channels
+  of one: their tensors have channels, up to 256.
 - Without a GPU no kernel runs: what is compared is the fallback, what is compiled, and torch's own,
   on one CPU thread, caches warm.
 
-By default every dtype at 256 MiB, and the first of them also at five sizes from 2^10 to 2^30 and in
-the other layouts; on a CPU at 2^20 elements, and four sizes from 2^10 to 2^22. What does not fit
-into memory or into the time limit gets rows that say so. Exit status: 0, 1 if something failed, 2
-if it cannot be done, 130 if interrupted; the rows so far are kept.
+By default every dtype at 256 MiB (on a CPU 2^20 elements), and the first of them also at four sizes
+from 2^10 to 2^22. --edges measures the first dtype in the other layouts and, on a GPU, 2^30
+elements, and writes speed_edges.csv. What does not fit into memory or into the time limit gets rows
+that say so. Exit status: 0, 1 if something failed, 2 if it cannot be done, 130 if interrupted; the
+rows so far are kept.
 """
 
 from __future__ import annotations
@@ -31,10 +36,10 @@ import argparse
 import collections
 import contextlib
 import dataclasses
-import importlib.util
 import itertools
 import math
 import os
+import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -47,12 +52,14 @@ from torch import Tensor
 from benchmarks import environment, options, providers, timing
 from benchmarks.providers import DEVICE, DTYPES, FALLBACK, PROVIDERS, Provider
 from fused_act.dispatch import Kernels
-from fused_act.families.elementwise import Elementwise
+from fused_act.families.base import Row
+from tests.shared.facts import FACTS
 
 BYTES = """\
-Bytes an element, of `s` bytes, that have to be moved:
+Bytes an element of x, of `s` bytes, that have to be moved:
   inference, forward   2 s     (read x, write y);  forward with a mask of bits   + 1/8
   backward             3 s     (read grad_output and x, write grad_input);  from a mask   2 s + 1/8
+Of CReLU, whose y and grad_output are twice as long, 3 s, + 1/4, 4 s and 3 s + 1/4. Weights are few.
 """
 ON_GPU = DEVICE.type == "cuda"
 LARGE = 2**28  # bytes of a tensor; several times what the largest L2 cache holds
@@ -66,41 +73,76 @@ COPY = Provider("copy", lambda *_: None)
 OURS = {provider.name for provider in (*PROVIDERS, FALLBACK) if provider.is_ours}
 
 
-def channels_last(numel: int, **options) -> Tensor:
-    shape = (numel // 256, 16, 4, 4)
+def channels_last(*shape: int, **options) -> Tensor:
+    if len(shape) == 1:
+        shape = shape[0] // 256, 16, 4, 4
     return torch.empty(shape, memory_format=torch.channels_last, **options).normal_()
 
 
-# Of about as many elements as they are asked for.
+def odd(*shape: int, **options) -> Tensor:
+    """No multiple of 16 elements, and no row of it either."""
+    return torch.randn(*shape[:-1], shape[-1] // 16 * 16 - 1, **options)
+
+
+def misaligned(*shape: int, **options) -> Tensor:
+    return torch.randn(math.prod(shape) + 1, **options)[1:].view(shape)
+
+
+# Tensors of a shape, or of about its number of elements.
 LAYOUTS = {
     "contiguous": torch.randn,
     "channels_last": channels_last,
-    "odd": lambda numel, **options: torch.randn(numel // 16 * 16 - 1, **options),
-    "misaligned": lambda numel, **options: torch.randn(numel + 1, **options)[1:],
+    "odd": odd,
+    "misaligned": misaligned,
 }
+
+
+def with_channels(numel: int) -> tuple[int, int, int, int]:
+    """A shape of images: up to 256 channels of up to 1024 pixels, but for what does not divide."""
+    channels = max(1, min(256, numel // 64))
+    pixels = min(1024, numel // channels)
+    return numel // (channels * pixels), channels, pixels // 16, 16
 
 
 @dataclasses.dataclass(frozen=True)
 class Workload:
     """What all providers compute, so that their times can be compared."""
 
-    activation: Elementwise
+    activation: Row
     dtype: str
     size: int
     layout: str
 
-    def tensor(self, device: torch.device | str = DEVICE) -> Tensor:
-        return LAYOUTS[self.layout](self.size, dtype=DTYPES[self.dtype], device=device)
+    def x(self, device: torch.device | str = DEVICE) -> Tensor:
+        return self.tensor(1, device)
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """x, grad_output and the weight, if there is one."""
+        x, grad_output = self.x(), self.tensor(self.widens())
+        options = {"dtype": x.dtype, "device": x.device}
+        channels = x.size(1) if x.dim() > 1 else 1
+        return x, grad_output, *providers.weights(self.activation, channels, **options)
+
+    def tensor(self, widens: int, device: torch.device | str = DEVICE) -> Tensor:
+        """Args: widens: how many times the channels of x it has."""
+        shape = (self.size,)
+        if self.activation.family != "elementwise":
+            images, channels, *pixels = with_channels(self.size)
+            shape = images, widens * channels, *pixels
+        return LAYOUTS[self.layout](*shape, dtype=DTYPES[self.dtype], device=device)
+
+    def widens(self) -> int:
+        return FACTS[self.activation.name].widens
 
     def numel(self) -> int:
-        return self.tensor("meta").numel()
+        return self.x("meta").numel()
 
     def bytes(self) -> int:
         return self.size * DTYPES[self.dtype].itemsize
 
     def directions(self) -> list[str]:
         """Inference is the same kernel as forward where no mask is written."""
-        inference = ["inference"] if self.activation.saves == "mask" else []
+        inference = ["inference"] if self.activation.Function.saves == "mask" else []
         return [*inference, "forward", "backward", "forward+backward"]
 
 
@@ -117,7 +159,8 @@ class Contender:
     """One who takes turns.
 
     Args:
-        make: `make(x, grad_output)` is the call to be timed.
+        make: `make(x, grad_output)`, with the weight behind if there is one, is the call to be
+            timed.
         autograd: whether it is made and called with autograd on.
         samples: the seconds of its runs; none if it was `skipped` or met with an `error`.
     """
@@ -126,7 +169,7 @@ class Contender:
     api: str
     launch: str
     bytes: int
-    make: Callable[[Tensor, Tensor], Callable]
+    make: Callable[..., Callable]
     autograd: bool = False
     turn: timing.Turn | None = None
     samples: list[float] = dataclasses.field(default_factory=list)
@@ -146,9 +189,9 @@ class Contender:
             else:
                 self.error = providers.error_text(error)
 
-    def prepare(self, method: Method, x: Tensor, grad_output: Tensor) -> None:
+    def prepare(self, method: Method, tensors: Sequence[Tensor]) -> None:
         with self.at_work():
-            call = self.make(x, grad_output)
+            call = self.make(*tensors)
             call()  # compiles
             self.turn = method.turns[self.launch](call, method.seconds)
 
@@ -162,39 +205,61 @@ class Contender:
         milliseconds = 1000 * torch.tensor(self.samples, dtype=torch.float64)
         return milliseconds.quantile(QUANTILES).tolist()
 
+    def host_side(self) -> dict[str, object]:
+        """What a call costs the host in µs, and whose time it is that was taken."""
+        if not self.samples or not isinstance(self.turn, timing.GpuTurn):
+            return {"host_us": "", "bound": ""}
+        host_us = 1e6 * statistics.median(self.turn.host_seconds)
+        return {
+            "host_us": host_us if self.launch == "call" else "",
+            "bound": "host" if self.turn.is_bound_by_host else "device",
+        }
+
 
 def is_out_of_memory(error: Exception) -> bool:
     # A CPU's allocator raises a RuntimeError.
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
-def bytes_moved(direction: str, dtype: torch.dtype, numel: int, has_mask: bool) -> int:
-    tensor = numel * dtype.itemsize
-    mask = (numel + 7) // 8
-    forward = 2 * tensor + (mask if has_mask else 0)
-    backward = 2 * tensor + mask if has_mask else 3 * tensor
+def bytes_moved(
+    direction: str, dtype: torch.dtype, numel: int, has_mask: bool, widens: int = 1
+) -> int:
+    """Args: widens: how many elements of y there are for one of x."""
+    x, y = numel * dtype.itemsize, widens * numel * dtype.itemsize
+    mask = (widens * numel + 7) // 8
+    forward = x + y + (mask if has_mask else 0)
+    backward = y + x + (mask if has_mask else x)
     return {
-        "inference": 2 * tensor,
+        "inference": x + y,
         "forward": forward,
         "backward": backward,
         "forward+backward": forward + backward,
     }[direction]
 
 
-def copy_call(bytes_: int, x: Tensor, grad_output: Tensor) -> Callable[[], Tensor]:
+def copy_call(bytes_: int, x: Tensor, *others: Tensor) -> Callable[[], Tensor]:
     """A copy that reads half of `bytes_` and writes the other half."""
     source = torch.randint(256, (bytes_ // 2,), dtype=torch.uint8, device=x.device)
     return partial(torch.empty_like(source).copy_, source)
 
 
 def kernel_call(
-    kernels: Kernels, parameters: tuple[float, ...], direction: str, x: Tensor, grad_output: Tensor
+    kernels: Kernels,
+    parameters: tuple[float, ...],
+    direction: str,
+    x: Tensor,
+    grad_output: Tensor,
+    *weights: Tensor,
 ) -> Callable[[], object]:
     """The ops behind one direction, below autograd."""
+    parameters = *weights, *parameters
     saved, layout = x, ()
     if kernels.forward_with_mask is not None and direction != "inference":
-        op = partial(kernels.forward_with_mask_out, out=torch.empty_like(x))
-        saved, layout = op(x, *parameters), (x.stride(),)
+        op = kernels.forward_with_mask
+        if kernels.forward_with_mask_out is not None:
+            op = partial(kernels.forward_with_mask_out, out=torch.empty_like(x))
+        found = op(x, *parameters)
+        saved, layout = found[1] if isinstance(found, tuple) else found, (x.stride(),)
     elif kernels.forward_out is not None:
         op = partial(kernels.forward_out, out=torch.empty_like(x))
     else:
@@ -209,19 +274,28 @@ def kernel_call(
     return backward if direction == "backward" else lambda: (forward(), backward())
 
 
+def with_fp32_weights(make: Callable[..., Callable]) -> Callable[..., Callable]:
+    """As our raw ops take them."""
+    return lambda x, grad_output, *weights: make(x, grad_output, *map(Tensor.float, weights))
+
+
 def public_call(
-    function: Callable[[Tensor], Tensor], direction: str, x: Tensor, grad_output: Tensor
+    function: Callable[..., Tensor],
+    direction: str,
+    x: Tensor,
+    grad_output: Tensor,
+    *weights: Tensor,
 ) -> Callable[[], object]:
     """One direction of `function` as a user runs it."""
     if direction == "inference":
-        return partial(function, x)
-    x = x.detach().requires_grad_()
+        return partial(function, x, *weights)
+    leaves = [each.detach().requires_grad_() for each in (x, *weights)]
     if direction == "backward":
-        y = function(x)
-        return lambda: torch.autograd.grad(y, x, grad_output, retain_graph=True)
+        y = function(*leaves)
+        return lambda: torch.autograd.grad(y, leaves, grad_output, retain_graph=True)
     if direction == "forward+backward":
-        return lambda: torch.autograd.grad(function(x), x, grad_output)
-    return partial(function, x)
+        return lambda: torch.autograd.grad(function(*leaves), leaves, grad_output)
+    return partial(function, *leaves)
 
 
 def offers(kernels: Kernels, direction: str) -> bool:
@@ -246,10 +320,13 @@ def contenders(
     for provider, function in functions.items():
         kernels = provider.kernels(workload.activation) if provider.kernels else None
         has_mask = kernels is not None and kernels.forward_with_mask is not None
-        bytes_ = bytes_moved(direction, DTYPES[workload.dtype], workload.numel(), has_mask)
+        bytes_ = bytes_moved(
+            direction, DTYPES[workload.dtype], workload.numel(), has_mask, workload.widens()
+        )
         if kernels is not None and offers(kernels, direction):
             parameters = providers.parameters(workload.activation)
             make = partial(kernel_call, kernels, parameters, direction)
+            make = with_fp32_weights(make) if provider.is_ours else make
             found += [Contender(provider, "kernel", launch, bytes_, make) for launch in launches]
         if function is not None:
             make, autograd = partial(public_call, function, direction), direction != "inference"
@@ -275,7 +352,7 @@ def measure(
     tensors = ()
     if not skipped:
         try:
-            tensors = workload.tensor(), workload.tensor()
+            tensors = workload.tensors()
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
@@ -292,7 +369,7 @@ def measure(
             found = [dataclasses.replace(one, skipped=skipped) for one in found]
         else:
             for one in found:
-                one.prepare(method, *tensors)
+                one.prepare(method, tensors)
             timing.in_rounds([one.take_turn for one in found], method.rounds)
         copies = {
             (one.launch, one.bytes): one.times()[0]
@@ -322,6 +399,7 @@ def row(workload: Workload, direction: str, contender: Contender, copy: float | 
         "bytes": contender.bytes,
         "gbps": contender.bytes / times[0] / 1e6 if times else "",
         "share_of_copy": copy / times[0] if times and copy else "",
+        **contender.host_side(),
         "skipped": contender.skipped,
         "error": contender.error,
     }
@@ -344,17 +422,22 @@ def memory_bytes() -> int:
 
 def grid(arguments: argparse.Namespace) -> list[tuple[str, int, str]]:
     """Dtype, size and layout of what is measured, what matters most first."""
-    dtypes, layouts = arguments.dtypes, arguments.layouts or list(LAYOUTS)
+    contiguous, *others = LAYOUTS
+    dtypes, layouts = arguments.dtypes, arguments.layouts or [contiguous]
     if arguments.sizes:
-        return list(itertools.product(dtypes, arguments.sizes, arguments.layouts or layouts[:1]))
+        return list(itertools.product(dtypes, arguments.sizes, layouts))
     if arguments.full:
+        layouts = arguments.layouts or list(LAYOUTS)
         return list(itertools.product(dtypes, (2**n for n in range(10, 31)), layouts))
     large = {name: LARGE // DTYPES[name].itemsize if ON_GPU else 2**20 for name in dtypes}
     first = dtypes[0]
+    if arguments.edges:
+        found = [(first, large[first], layout) for layout in arguments.layouts or others]
+        return [*found, (first, 2**30, contiguous)] if ON_GPU else found
     if arguments.quick:
         sizes = [large[first], 2**14] if ON_GPU else [large[first]]
         return [(first, numel, layouts[0]) for numel in sizes]
-    sizes = [2**n for n in (10, 14, 18, 22, *([30] if ON_GPU else []))]
+    sizes = [2**n for n in (10, 14, 18, 22)]
     found = [
         *((dtype, large[dtype], layouts[0]) for dtype in dtypes),
         *((first, numel, layouts[0]) for numel in sizes),
@@ -371,6 +454,24 @@ def measure_all(
     with torch._functorch.config.patch(donated_buffer=False):
         for workload in environment.progress(workloads, len(workloads)):
             yield from measure(workload, compared, method, reason_to_skip(workload, deadline))
+
+
+def quotable(row: dict[str, str]) -> bool:
+    """Whether a time of speed.csv is that of the device.
+
+    Where there is no column `bound`, which older files do not have, the host had a part in the time
+    between two events wherever it took longer than the clearing of the L2 cache and the kernels:
+    for kernels on 2^22 elements and fewer, and for public functions of less than 0.6 ms, which is
+    what the slowest took the host. Their CUDA graphs had so few runs that they took as long as a
+    graph needs to start.
+    """
+    if not row["median"]:
+        return False
+    if row.get("bound") or not row["gpu"]:
+        return row.get("bound") != "host"
+    if row["api"] == "kernel":
+        return row["launch"] == "call" and int(row["numel"]) > 2**22
+    return row["launch"] == "call" and float(row["median"]) >= 0.6
 
 
 def comparison(row: dict) -> tuple:
@@ -398,7 +499,9 @@ def cell(row: dict | None) -> str:
     if row["error"] or row["skipped"]:
         return "failed" if row["error"] else "skipped"
     share = f" {row['share_of_copy']:5.0%}" if row["share_of_copy"] else ""
-    return f"{row['median']:.4f}{share}"
+    host = f" {row['host_us']:4.0f} µs" if row["host_us"] else ""
+    bound = " HOST" if row["bound"] == "host" else ""
+    return f"{row['median']:.4f}{share}{host}{bound}"
 
 
 def print_results(rows: list[dict]) -> None:
@@ -410,7 +513,10 @@ def print_results(rows: list[dict]) -> None:
             (describe(key), *(cell(by_name.get(provider)) for provider in names))
             for key, by_name in found.items()
         ]
-        print(f"\n{api}, {launch}: median in ms, and share of a copy of the same bytes\n")
+        print(
+            f"\n{api}, {launch}: median in ms, share of a copy of the same bytes, on a GPU what a "
+            "call costs the host; HOST where the median is not that of the device alone\n"
+        )
         print(environment.table(["", *names], lines))
     providers.print_errors(rows)
     for reason, count in collections.Counter(row["skipped"] for row in rows).items():
@@ -479,12 +585,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     extent = parser.add_mutually_exclusive_group()
     extent.add_argument("--quick", action="store_true", help="one dtype, one or two sizes")
     extent.add_argument(
+        "--edges",
+        action="store_true",
+        help="other layouts, and 2^30 elements on a GPU; writes speed_edges.csv",
+    )
+    extent.add_argument(
         "--full", action="store_true", help="every dtype, every 2^n, every layout: an hour or more"
     )
     options.add_sizes(extent, None, "see above")
     options.add_dtypes(parser, list(DTYPES))
     parser.add_argument(
-        "--layouts", choices=LAYOUTS, nargs="+", help="default: all; or, with --sizes, contiguous"
+        "--layouts",
+        choices=LAYOUTS,
+        nargs="+",
+        help="default: contiguous; with --full all, with --edges all others",
     )
     options.add_activations(parser)
     names = [provider.name for provider in (*PROVIDERS, FALLBACK)]
@@ -504,8 +618,6 @@ def time_limit(arguments: argparse.Namespace) -> float:
 
 
 def main(arguments: argparse.Namespace) -> list[dict]:
-    if ON_GPU and importlib.util.find_spec("triton") is None:
-        environment.refuse("on a GPU triton.testing takes the times: pip install triton")
     environment.print_environment()
     there = [*providers.available(), *([] if ON_GPU else [FALLBACK])]
     compared = [provider for provider in there if provider.name in arguments.providers]
@@ -527,7 +639,8 @@ def main(arguments: argparse.Namespace) -> list[dict]:
         for activation in arguments.activations
     ]
     found = measure_all(workloads, compared, method, time_limit(arguments))
-    rows = environment.write_csv(arguments.results / "speed.csv", found)
+    name = "speed_edges.csv" if arguments.edges else "speed.csv"
+    rows = environment.write_csv(arguments.results / name, found)
     print_results(rows)
     print_verdicts(rows)
     return rows

@@ -38,7 +38,7 @@ class Facts:
             at the zero of a derivative.
         derivative_from_output: the derivative where the output, rounded, is `y`.
         weight_derivative: with respect to the weight, where there is one.
-        defaults: the parameters of benchmarks: torch's defaults.
+        defaults: the parameters of benchmarks: torch's defaults, or ours where torch has none.
         parameters: those that all tests run with.
         more_parameters: those with which the accuracy is tested, too.
         weights: those with which the accuracy of an activation with a weight is tested.
@@ -488,6 +488,7 @@ CRELU = Facts(
     derivative_definition=lambda mp, x: mp.sign(x),
     forward=RELU.forward,
     derivative=torch.sign,
+    defaults=(1,),
     parameters=((-1,),),
     budgets={
         ("triton", 16): (5, 8, 17),
