@@ -20,7 +20,8 @@ Turn = Callable[[], list[float]]
 CACHE = 2**28  # bytes; several times what the largest L2 cache holds
 GRAPH_RUNS = 200  # so many that the start of the graph is less than 1 % of a kernel of 1 µs
 HOST_CALLS = 10  # timed together; few enough that the queue never fills up, which would block
-LONGEST_WAIT = 0.02  # seconds; a call that takes the host longer waits for the GPU by itself
+# Seconds. A call that takes the host longer than the longest wait waits for the GPU by itself.
+SHORTEST_WAIT, LONGEST_WAIT = 1e-5, 0.02
 
 
 def cpu_turn(call: Callable, seconds: float) -> Turn:
@@ -112,10 +113,11 @@ class GpuTurn:
     Before a run the GPU clears its L2 cache and then waits until the host has put the whole call
     into the queue: it finds the work ready, and the events tell the time of the device. If the GPU
     comes to the call while the host is still at it, the run does not count and the GPU waits twice
-    as long from then on. A call for which no wait is long enough, such as one that synchronizes, is
-    timed without one and `is_bound_by_host`.
+    as long for the rest of the turn. A call for which no wait is long enough, such as one that
+    synchronizes, is timed without one and `is_bound_by_host`.
 
-    `host_seconds` are those that a call takes the host, taken apart, the queue being empty.
+    `host_seconds` are what a call takes the host, timed at the start of each turn with an empty
+    queue.
 
     Args:
         seconds: about how long a turn is.
@@ -133,8 +135,8 @@ class GpuTurn:
         self.is_bound_by_host = False
         self.host_seconds: list[float] = []
         self.launch()  # compiles, allocates
-        host = self.time_host(2)
-        self.wait = 2 * host
+        self.wait = SHORTEST_WAIT
+        self.wait_for_host(2)
         start = self.queue.now()
         for _ in range(3):
             self.one_run()
@@ -144,7 +146,7 @@ class GpuTurn:
         self.host_calls = max(1, min(HOST_CALLS, round(seconds / period)))
 
     def __call__(self) -> list[float]:
-        self.host_seconds.append(self.time_host(self.host_calls))
+        self.host_seconds.append(self.wait_for_host(self.host_calls))
         timed = []
         while len(timed) < self.runs:
             start, end, was_late = self.one_run()
@@ -167,17 +169,20 @@ class GpuTurn:
         return start, end, start.query()
 
     def wait_longer(self) -> None:
-        self.wait *= 2
-        self.is_bound_by_host = self.wait > LONGEST_WAIT
+        self.is_bound_by_host = self.wait >= LONGEST_WAIT
+        self.wait = min(2 * self.wait, LONGEST_WAIT)
 
-    def time_host(self, calls: int) -> float:
+    def wait_for_host(self, calls: int) -> float:
+        """Set the wait to twice what a call takes the host, and return that, in seconds."""
         self.queue.synchronize()
         start = self.queue.now()
         for _ in range(calls):
             self.launch()
         end = self.queue.now()
         self.queue.synchronize()
-        return (end - start) / calls
+        host = (end - start) / calls
+        self.wait = min(max(2 * host, SHORTEST_WAIT), LONGEST_WAIT)
+        return host
 
 
 gpu_turn = GpuTurn

@@ -1,13 +1,12 @@
-"""What the benchmarks write and exit with, whose clocks they read and how they take times."""
+"""What the benchmarks write and exit with, and whose clocks they read."""
 
-import inspect
 import signal
 import types
 
 import pytest
 import torch
 
-from benchmarks import environment, providers, timing
+from benchmarks import environment, providers
 from benchmarks.environment import read_csv
 
 
@@ -113,49 +112,3 @@ def test_a_provider_that_does_not_import_is_one_line(monkeypatch, tmp_path, caps
     assert "flag_gems" not in names
     assert "aten" in names
     assert "without flag_gems: RuntimeError: no driver\n" in capsys.readouterr().out
-
-
-# Times
-
-
-def test_all_take_a_turn_in_each_round_in_another_order():
-    order = []
-    timing.in_rounds([lambda name=name: order.append(name) for name in "abcde"], 4)
-    rounds = [order[start : start + 5] for start in range(0, 20, 5)]
-    assert all(sorted(one) == list("abcde") for one in rounds)
-    assert len({tuple(one) for one in rounds}) == 4
-
-
-def test_cpu_turns_last_as_long_as_asked_and_tell_the_time_of_one_run(monkeypatch):
-    numbers = []
-
-    class Timer:
-        def __init__(self, statement, globals):
-            assert eval(statement, globals) == "called"
-
-        def timeit(self, number):
-            numbers.append(number)
-            return types.SimpleNamespace(median=0.002)
-
-    monkeypatch.setattr(timing.benchmark, "Timer", Timer)
-    turn = timing.cpu_turn(lambda: "called", 0.03)
-    assert turn() == [0.002]
-    assert numbers[-1] == 15
-
-
-@pytest.mark.parametrize(
-    ("make", "name"), [(timing.gpu_turn, "do_bench"), (timing.graph_turn, "do_bench_cudagraph")]
-)
-def test_gpu_turns_are_tritons(monkeypatch, make, name):
-    testing = pytest.importorskip("triton.testing")
-    signature = inspect.signature(getattr(testing, name))
-
-    def bench(*args, **kwargs):
-        arguments = signature.bind(*args, **kwargs).arguments
-        assert arguments["fn"] is print
-        assert arguments["return_mode"] == "all"
-        assert arguments["rep"] == pytest.approx(30 if name == "do_bench" else 3)  # of ten replays
-        return [2.0, 3.0]  # ms
-
-    monkeypatch.setattr(testing, name, bench)
-    assert make(print, 0.03)() == [0.002, 0.003]

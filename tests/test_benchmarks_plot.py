@@ -61,25 +61,6 @@ def test_picture_by_dtype():
     assert bars == [(0, pytest.approx(50)), (1, pytest.approx(50)), (1, pytest.approx(25))]
 
 
-@pytest.mark.parametrize(
-    ("fields", "expected"),
-    [
-        ({"api": "kernel", "numel": 2**27}, True),
-        ({"api": "kernel", "numel": 2**22}, False),
-        ({"api": "kernel", "numel": 2**27, "launch": "graph"}, False),
-        ({"api": "public", "numel": 2**30}, True),
-        ({"api": "public", "numel": 2**30, "median": 0.59}, False),
-        ({"api": "public", "numel": 2**30, "launch": "graph"}, False),
-        ({"api": "kernel", "numel": 2**27, "median": ""}, False),
-        ({"api": "public", "numel": 2**10, "gpu": "", "median": 0.01}, True),
-    ],
-)
-def test_what_the_host_bounds_is_not_quoted(fields, expected):
-    row = speed_row("cuda", 2.0) | {"gpu": "H200"}
-    row |= {column: str(value) for column, value in fields.items()}
-    assert plot.quotable(row) is expected
-
-
 def test_picture_of_a_gpu_shows_kernels():
     gpu = {"gpu": "H200", "numel": 2**27}
     rows = [

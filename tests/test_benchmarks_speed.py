@@ -3,17 +3,19 @@
 import itertools
 import sys
 import types
+from functools import partial
 
 import pytest
 import torch
 
-from benchmarks import providers, speed
+from benchmarks import providers, speed, timing
 from benchmarks.__main__ import parse
 from benchmarks.providers import DTYPES
 from benchmarks.speed import Method, Workload
 from fused_act.activations import FAMILIES, ROWS
 from tests.shared.benchmarks import (
     CLOCK,
+    StandInQueue,
     gradient,
     provider,
     provider_called,
@@ -163,6 +165,144 @@ def test_flag_gems_is_timed_where_it_has_the_op(monkeypatch):
     assert offered == {"swish forward", "swish backward", "relu6 forward"}
 
 
+@pytest.mark.parametrize("name", ["prelu", "learnable_swish", "crelu"])
+@pytest.mark.parametrize("layout", speed.LAYOUTS)
+def test_other_families_are_timed_with_weights_and_channels(name, layout):
+    activation = ROWS[name]
+    workload = Workload(activation, "fp32", 2**12, layout)
+    x, grad_output, *weights = workload.tensors()
+    parameters = providers.parameters(activation)
+    assert x.dim() == 4
+    assert [weight.numel() for weight in weights] == [x.size(1)] * (name != "crelu")
+    leaves = [each.clone().requires_grad_() for each in (x, *weights)]
+    y = activation.torch_forward(*leaves, *parameters)
+    grads = torch.autograd.grad(y, leaves, grad_output)
+    for make in (providers.aten, providers.fused):
+        function = make(activation, False)
+        call = partial(speed.public_call, function)
+        assert torch.equal(call("forward", x, grad_output, *weights)(), y)
+        for direction in ("backward", "forward+backward"):
+            found = call(direction, x, grad_output, *weights)()
+            assert all(map(torch.equal, found, grads)), direction
+        assert make(activation, True) is None
+    kernels = providers.aten_kernels(activation)
+    call = speed.kernel_call(kernels, parameters, "forward", x, grad_output, *weights)
+    assert torch.equal(call(), y)
+    assert not speed.offers(kernels, "backward")
+
+
+@pytest.mark.interpreted
+@pytest.mark.parametrize("activation", ROWS.values(), ids=list(ROWS))
+def test_kernels_of_ours_compute_what_they_are_timed_for(activation):
+    workload = Workload(activation, "fp32", 2**10, "contiguous")
+    x, grad_output, *weights = workload.tensors()
+    parameters = providers.parameters(activation)
+    leaves = [each.clone().requires_grad_() for each in (x, *weights)]
+    y = providers.aten(activation, False)(*leaves)
+    grads = torch.autograd.grad(y, leaves, grad_output)
+    triton = provider_called("triton")
+    make = speed.with_fp32_weights(
+        partial(speed.kernel_call, triton.kernels(activation), parameters, "forward+backward")
+    )
+    with triton.selected():
+        _, found = make(x, grad_output, *weights)()
+    for ours, theirs in zip(found if weights else [found], grads):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("direction", "mirrored", "mask"),
+    [
+        ("inference", 3 * 2048, 0),
+        ("forward", 3 * 2048, 256),
+        ("backward", 3 * 2048, 256),
+        ("forward+backward", 6 * 2048, 512),
+    ],
+)
+def test_bytes_of_crelu(direction, mirrored, mask):
+    """1,024 elements of bf16 are 2,048 bytes, and two bits for each are 256."""
+    assert speed.bytes_moved(direction, torch.bfloat16, 1024, True, 2) == mirrored + mask
+    without = {"backward": 2048, "forward+backward": 2048}.get(direction, 0)
+    assert speed.bytes_moved(direction, torch.bfloat16, 1024, False, 2) == mirrored + without
+
+
+# Whose time it is
+
+
+def timed_on_a_gpu(monkeypatch, call_in, launches=("call", "graph")):
+    """The rows of what `call_in(queue)` makes, by provider and launch, with a stand-in queue."""
+    queue = StandInQueue(clearing=60e-6)
+    copy = partial(queue.launch, 5e-6, 159e-6)
+    monkeypatch.setattr(speed, "copy_call", lambda bytes_, *tensors: copy)
+    monkeypatch.setattr(Workload, "directions", lambda workload: ["forward"])
+    turns = {"call": timing.GpuTurn, "graph": timing.graph_turn}
+    turns = {name: partial(turns[name], queue=queue) for name in launches}
+    found = speed.measure(SMALL, [provider("one", call_in(queue))], Method(turns, 3, 0.003))
+    return {(row["provider"], row["launch"]): row for row in found if row["direction"] == "forward"}
+
+
+def test_rows_of_a_gpu_have_the_time_of_the_device_and_that_of_the_host(monkeypatch):
+    def call_in(queue):
+        def call(x):
+            queue.launch(554e-6, 318e-6)
+            return x.clone()
+
+        return call
+
+    rows = timed_on_a_gpu(monkeypatch, call_in)
+    one = rows["one", "call"]
+    assert (one["median"], one["host_us"]) == pytest.approx((0.318, 554.0))
+    assert one["share_of_copy"] == pytest.approx(0.5)
+    assert one["bound"] == "device"
+    graph = rows["one", "graph"]
+    assert graph["median"] == pytest.approx(0.318, rel=0.01)
+    assert (graph["host_us"], graph["bound"]) == ("", "device")
+
+
+def test_a_row_that_the_host_bounds_says_so(monkeypatch):
+    def call_in(queue):
+        def call(x):
+            queue.launch(554e-6, 318e-6)
+            queue.synchronize()
+            return x.clone()
+
+        return call
+
+    row = timed_on_a_gpu(monkeypatch, call_in, ["call"])["one", "call"]
+    assert row["bound"] == "host"
+    assert speed.cell(row).endswith("HOST")
+    assert not speed.quotable(row | {"gpu": "H200"})
+
+
+def test_rows_of_a_cpu_tell_nothing_of_a_host():
+    row = measure({"one": CLOCK.taking(0.002)})["one"]
+    assert (row["host_us"], row["bound"]) == ("", "")
+    assert speed.quotable(row | {"gpu": ""})
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"api": "kernel", "numel": 2**27}, True),
+        ({"api": "kernel", "numel": 2**22}, False),
+        ({"api": "kernel", "numel": 2**27, "launch": "graph"}, False),
+        ({"api": "public", "numel": 2**30}, True),
+        ({"api": "public", "numel": 2**30, "median": 0.59}, False),
+        ({"api": "public", "numel": 2**30, "launch": "graph"}, False),
+        ({"api": "kernel", "numel": 2**27, "median": ""}, False),
+        ({"api": "public", "numel": 2**10, "gpu": "", "median": 0.01}, True),
+        # With a column `bound` the row itself says it.
+        ({"api": "public", "numel": 2**10, "median": 0.002, "bound": "device"}, True),
+        ({"api": "kernel", "numel": 2**10, "launch": "graph", "bound": "device"}, True),
+        ({"api": "kernel", "numel": 2**27, "bound": "host"}, False),
+        ({"api": "kernel", "numel": 2**27, "median": "", "bound": "device"}, False),
+    ],
+)
+def test_what_the_host_bounds_is_not_quoted(fields, expected):
+    row = {"gpu": "H200", "launch": "call", "median": 2.0} | fields
+    assert speed.quotable({column: str(value) for column, value in row.items()}) is expected
+
+
 # What is measured
 
 
@@ -170,7 +310,7 @@ def test_flag_gems_is_timed_where_it_has_the_op(monkeypatch):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_layouts(layout, dtype):
     workload = Workload(ROWS["relu6"], dtype, 2**10, layout)
-    x = workload.tensor("cpu")
+    x = workload.x("cpu")
     assert (x.dtype, x.numel()) == (DTYPES[dtype], workload.numel())
     assert x.float().std() > 0.5  # all of it is drawn
     assert x.is_contiguous() == (layout != "channels_last")
@@ -185,23 +325,28 @@ def test_grid(monkeypatch):
 
     monkeypatch.setattr(speed, "ON_GPU", True)
     default = grid()
-    assert len(default) == len(set(default)) == 11
+    assert len(default) == len(set(default)) == 7
     assert default[:3] == [
         ("bf16", 2**27, "contiguous"), ("fp16", 2**27, "contiguous"), ("fp32", 2**26, "contiguous"),
     ]  # fmt: skip
-    assert {numel for dtype, numel, _ in default if dtype == "bf16"} >= {2**10, 2**30}
-    assert {layout for _, _, layout in default} == set(speed.LAYOUTS)
+    assert {numel for dtype, numel, _ in default if dtype == "bf16"} >= {2**10, 2**22}
+    assert {layout for _, _, layout in default} == {"contiguous"}
+    assert grid("--edges") == [
+        *(("bf16", 2**27, layout) for layout in ("channels_last", "odd", "misaligned")),
+        ("bf16", 2**30, "contiguous"),
+    ]  # fmt: skip
     assert len(grid("--quick")) == 2
     assert len(grid("--full")) == 21 * len(DTYPES) * len(speed.LAYOUTS)
     assert grid("--sizes", "2^20", "1000", "--dtypes", "fp32") == [
         ("fp32", 2**20, "contiguous"), ("fp32", 1000, "contiguous"),
     ]  # fmt: skip
     assert set(grid("--dtypes", "fp16", "--layouts", "odd")) == {
-        ("fp16", numel, "odd") for numel in (2**10, 2**14, 2**18, 2**22, 2**27, 2**30)
+        ("fp16", numel, "odd") for numel in (2**10, 2**14, 2**18, 2**22, 2**27)
     }
     monkeypatch.setattr(speed, "ON_GPU", False)
     assert max(numel for _, numel, _ in grid()) == 2**22
     assert grid("--quick") == [("bf16", 2**20, "contiguous")]
+    assert {numel for _, numel, _ in grid("--edges")} == {2**20}
 
 
 # Verdicts
