@@ -15,7 +15,8 @@ saved is what the nodes of the graph keep beyond parameters and input, each stor
 what activations, norms, layers (convolutions and linear layers) and others keep besides; what two
 keep counts for the first of these. Of checkpoints, whose nodes do not tell, it is what is allocated
 in forward and not freed, but for the output. peak, on a GPU, is the most on the way through forward
-and backward. ms is such a step of a network; all take turns.
+and backward. ms is such a step of a network, on a GPU that of the device alone where its launches
+fit into the queue; all take turns. `networks` tells what larger networks gain.
 
 rematerialize and rematerialize-norm are fused_act's block of that name, without and with `norm`,
 around forward. checkpoint is `torch.utils.checkpoint` of every layer of the network. Compiled code

@@ -6,7 +6,8 @@
   GPU that of the kernels, as a share of that of a copy of the same bytes. Bands and whiskers reach
   from the 20 % to the 80 % quantile of the time. What the host bounds is left out, see
   `benchmarks.speed.quotable`.
-- small_tensors.png, from kernels_alone.csv: kernels without their launch, on small tensors.
+- speed_in_graphs.png, from speed.csv: kernels without their launch, on small tensors; and
+  small_tensors.png, from kernels_alone.csv, which older results have: the same.
 - networks.png, from networks.csv: time and memory of training steps.
 - memory.png, from memory.csv: what autograd saves for backward;
 - rematerialization.png, from memory.csv: bytes and time of `rematerialize` and of checkpoints.
@@ -278,27 +279,42 @@ def rematerialization(rows: list[dict]) -> Figure:
     return figure
 
 
+def speed_in_graphs(rows: list[dict]) -> Figure:
+    rows = select(rows, api="kernel", launch="graph", layout="contiguous")
+    rows = [row for row in rows if quotable(row) and row["direction"] in DIRECTIONS]
+    if not rows:
+        raise NothingToDraw("it has no times in CUDA graphs to draw")
+    rows = select(rows, dtype=rows[0]["dtype"])
+    title = f"Kernels on small {rows[0]['dtype']} tensors, L2 cache warm: 200 in a CUDA graph"
+    lines = [
+        (f"{row['activation']} {row['direction']}", row["provider"], numel(row), row["median"])
+        for row in sorted(rows, key=numel)
+    ]
+    return draw_microseconds(new_figure(rows, title, 4.6), lines)
+
+
 def small_tensors(rows: list[dict]) -> Figure:
-    rows = select(rows, section="small")
-    for row in rows:
-        row["op"], _, row["size"] = row["op"].partition(" 2^")
-    ops = distinct(rows, "op")
-    figure = bare_figure(
-        "Kernels alone on small bf16 tensors, L2 cache warm: 200 in a CUDA graph", 4.6
-    )
+    directions = {"f": "forward", "b": "backward", "fm": "forward with mask"}
+    lines = []
+    for row in select(rows, section="small"):
+        op, _, size = row["op"].partition(" 2^")
+        name, _, direction = op.rpartition("_")
+        what = f"{name} {directions[direction]}"
+        lines.append((what, row["provider"], 2 ** int(size), row["ms"]))
+    title = "Kernels alone on small bf16 tensors, L2 cache warm: 200 in a CUDA graph"
+    return draw_microseconds(bare_figure(title, 4.6), lines)
+
+
+def draw_microseconds(figure: Figure, lines: list[tuple[str, str, int, str]]) -> Figure:
+    """Args: lines: what was computed, by which provider, of how many elements, in how many ms."""
+    ops = list(dict.fromkeys(op for op, *_ in lines))
     panels = figure.subplots(2, (len(ops) + 1) // 2, sharex=True, sharey=True, squeeze=False)
     for op, axes in zip(ops, panels.flat):
-        for provider in known(rows):
-            found = select(rows, op=op, provider=provider)
-            x, y = (
-                [2 ** int(row["size"]) for row in found],
-                [1000 * float(row["ms"]) for row in found],
-            )
+        for provider, style in STYLES.items():
+            found = [(x, 1000 * float(ms)) for of, by, x, ms in lines if (of, by) == (op, provider)]
             if found:
-                axes.plot(x, y, label=provider, **STYLES[provider])
-        name, _, direction = op.rpartition("_")
-        what = {"f": "forward", "b": "backward", "fm": "forward with mask"}[direction]
-        axes.set_title(f"{name} {what}")
+                axes.plot(*zip(*found), label=provider, **style)
+        axes.set_title(op)
         axes.set_xscale("log", base=2)
         axes.set_yscale("log", base=2)
     for axes in panels.flat[len(ops) :]:
@@ -339,6 +355,7 @@ PICTURES = {
     "networks.png": ("networks.csv", networks),
     "speed_by_size.png": ("speed.csv", speed_by_size),
     "speed_by_dtype.png": ("speed.csv", speed_by_dtype),
+    "speed_in_graphs.png": ("speed.csv", speed_in_graphs),
     "memory.png": ("memory.csv", memory),
     "rematerialization.png": ("memory.csv", rematerialization),
 }

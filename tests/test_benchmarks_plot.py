@@ -73,6 +73,26 @@ def test_picture_of_a_gpu_shows_kernels():
     assert ": kernels, large tensors\nH200, torch 2" in figure.get_suptitle()
 
 
+def test_picture_of_graphs():
+    """It shows kernels in graphs alone, and those only whose time is the device's."""
+    of_graph = {"gpu": "H200", "api": "kernel", "launch": "graph", "bound": "device"}
+    rows = [
+        speed_row("cuda", 0.002, numel=2**12, **of_graph),
+        speed_row("cuda", 0.001, numel=2**10, **of_graph),
+        speed_row("aten", 0.004, numel=2**12, **of_graph),
+        speed_row("aten", 0.009, numel=2**10, **of_graph | {"bound": "host"}),
+        speed_row("naive", 0.009, numel=2**10, **of_graph | {"api": "public"}),
+        speed_row("naive", 0.009, numel=2**10, **of_graph | {"launch": "call"}),
+    ]
+    figure = plot.speed_in_graphs(rows)
+    assert [axes.get_title() for axes in figure.axes] == ["mish forward"]
+    cuda, aten = figure.axes[0].get_lines()
+    assert list(zip(cuda.get_xdata(), cuda.get_ydata())) == [(2**10, 1), (2**12, 2)]
+    assert list(zip(aten.get_xdata(), aten.get_ydata())) == [(2**12, 4)]
+    with pytest.raises(plot.NothingToDraw):
+        plot.speed_in_graphs(rows[3:])
+
+
 def test_picture_of_small_tensors():
     rows = [
         {"section": "small", "op": f"{op} 2^{size}", "provider": provider, "ms": ms}
