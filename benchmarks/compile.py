@@ -7,7 +7,8 @@
 - network, with --network: a MobileNetV2 of three blocks on 8 images of 32 x 32 pixels
 
 forward runs without autograd. A ratio below 1 means that ours is faster; noise is that of torch's
-own code to itself. Medians of rounds in which all run in turn, on one thread where no GPU is. Much
+own code to itself. Times are those of a whole call, the host's part included: medians of rounds in
+which all run in turn, on one thread where no GPU is. `speed` has the device's part alone. Much
 larger tensors on a CPU are new memory at each call, and page faults would count more than the code.
 torch has no Swish with another beta than 1: its definition, x * sigmoid(beta * x), is compiled.
 """

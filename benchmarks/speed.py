@@ -23,11 +23,12 @@ call moved fewer bytes than the formula says: `torch.compile` saves a byte for R
 - Without a GPU no kernel runs: what is compared is the fallback, what is compiled, and torch's own,
   on one CPU thread, caches warm.
 
-By default every dtype at 256 MiB (on a CPU 2^20 elements), and the first of them also at four sizes
-from 2^10 to 2^22. --edges measures the first dtype in the other layouts and, on a GPU, 2^30
-elements, and writes speed_edges.csv. What does not fit into memory or into the time limit gets rows
-that say so. Exit status: 0, 1 if something failed, 2 if it cannot be done, 130 if interrupted; the
-rows so far are kept.
+By default the first dtype at 256 MiB (on a CPU 2^20 elements) and at four sizes from 2^10 to 2^22,
+for which nothing is compiled on a GPU, since that takes most of the time; then the other dtypes at
+256 MiB. --edges measures the first dtype in the other layouts and, on a GPU, 2^30 elements, and
+writes speed_edges.csv. What does not fit into memory or into the time limit gets rows that say so.
+Exit status: 0, 1 if something failed, 2 if it cannot be done, 130 if interrupted; the rows so far
+are kept.
 """
 
 from __future__ import annotations
@@ -439,21 +440,36 @@ def grid(arguments: argparse.Namespace) -> list[tuple[str, int, str]]:
         return [(first, numel, layouts[0]) for numel in sizes]
     sizes = [2**n for n in (10, 14, 18, 22)]
     found = [
-        *((dtype, large[dtype], layouts[0]) for dtype in dtypes),
+        (first, large[first], layouts[0]),
         *((first, numel, layouts[0]) for numel in sizes),
+        *((dtype, large[dtype], layouts[0]) for dtype in dtypes[1:]),
         *((first, large[first], layout) for layout in layouts[1:]),
     ]
     return list(dict.fromkeys(found))
 
 
+def takes_part(provider: Provider, workload: Workload, arguments: argparse.Namespace) -> bool:
+    """On a GPU, where compiling takes most of the time, nothing is compiled for small tensors."""
+    sizes_are_asked_for = arguments.full or arguments.sizes
+    return not (
+        ON_GPU and provider.compiles and not sizes_are_asked_for and workload.bytes() < LARGE
+    )
+
+
 def measure_all(
-    workloads: Sequence[Workload], compared: Sequence[Provider], method: Method, time_limit: float
+    arguments: argparse.Namespace, compared: Sequence[Provider], method: Method
 ) -> Iterator[dict]:
-    deadline = time.monotonic() + time_limit
+    deadline = time.monotonic() + time_limit(arguments)
+    workloads = [
+        Workload(activation, *what)
+        for what in grid(arguments)
+        for activation in arguments.activations
+    ]
     # Graphs are kept, which compiled code that reuses its saved buffers would not allow.
     with torch._functorch.config.patch(donated_buffer=False):
         for workload in environment.progress(workloads, len(workloads)):
-            yield from measure(workload, compared, method, reason_to_skip(workload, deadline))
+            found = [each for each in compared if takes_part(each, workload, arguments)]
+            yield from measure(workload, found, method, reason_to_skip(workload, deadline))
 
 
 def quotable(row: dict[str, str]) -> bool:
@@ -633,12 +649,7 @@ def main(arguments: argparse.Namespace) -> list[dict]:
         method = Method(turns, rounds=5 if arguments.quick else 9, seconds=0.005)
     print(BYTES)
     torch.manual_seed(0)
-    workloads = [
-        Workload(activation, *what)
-        for what in grid(arguments)
-        for activation in arguments.activations
-    ]
-    found = measure_all(workloads, compared, method, time_limit(arguments))
+    found = measure_all(arguments, compared, method)
     name = "speed_edges.csv" if arguments.edges else "speed.csv"
     rows = environment.write_csv(arguments.results / name, found)
     print_results(rows)

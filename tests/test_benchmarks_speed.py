@@ -326,9 +326,8 @@ def test_grid(monkeypatch):
     monkeypatch.setattr(speed, "ON_GPU", True)
     default = grid()
     assert len(default) == len(set(default)) == 7
-    assert default[:3] == [
-        ("bf16", 2**27, "contiguous"), ("fp16", 2**27, "contiguous"), ("fp32", 2**26, "contiguous"),
-    ]  # fmt: skip
+    assert default[0] == ("bf16", 2**27, "contiguous")
+    assert default[-2:] == [("fp16", 2**27, "contiguous"), ("fp32", 2**26, "contiguous")]
     assert {numel for dtype, numel, _ in default if dtype == "bf16"} >= {2**10, 2**22}
     assert {layout for _, _, layout in default} == {"contiguous"}
     assert grid("--edges") == [
@@ -347,6 +346,27 @@ def test_grid(monkeypatch):
     assert max(numel for _, numel, _ in grid()) == 2**22
     assert grid("--quick") == [("bf16", 2**20, "contiguous")]
     assert {numel for _, numel, _ in grid("--edges")} == {2**20}
+
+
+@pytest.mark.parametrize(
+    ("options", "on_gpu", "numel", "expected"),
+    [
+        ((), True, 2**14, False),
+        ((), True, 2**27, True),
+        ((), False, 2**14, True),
+        (("--full",), True, 2**14, True),
+        (("--sizes", "2^14"), True, 2**14, True),
+    ],
+)
+def test_nothing_is_compiled_for_small_tensors_on_a_gpu(
+    monkeypatch, options, on_gpu, numel, expected
+):
+    monkeypatch.setattr(speed, "ON_GPU", on_gpu)
+    arguments = parse(["speed", *options])
+    workload = Workload(ROWS["mish"], "bf16", numel, "contiguous")
+    compiled, eager = (provider_called(name) for name in ("compile(aten)", "aten"))
+    assert speed.takes_part(compiled, workload, arguments) is expected
+    assert speed.takes_part(eager, workload, arguments)
 
 
 # Verdicts
