@@ -5,7 +5,7 @@
 - speed_by_size.png and speed_by_dtype.png, from speed.csv: the speed of the public functions, on a
   GPU that of the kernels, as a share of that of a copy of the same bytes. Bands and whiskers reach
   from the 20 % to the 80 % quantile of the time. What the host bounds is left out, see
-  `benchmarks.speed.quotable`.
+  `benchmarks.speed_results.quotable`.
 - speed_in_graphs.png, from speed.csv: kernels without their launch, on small tensors; and
   small_tensors.png, from kernels_alone.csv, which older results have: the same.
 - networks.png, from networks.csv: time and memory of training steps.
@@ -28,7 +28,7 @@ from matplotlib.figure import Figure
 from benchmarks import environment, options, pictures
 from benchmarks.pictures import BLACK, BLUE, GREEN, GREY, ORANGE, SKY_BLUE, VERMILLION
 from benchmarks.providers import DTYPES
-from benchmarks.speed import quotable
+from benchmarks.speed_results import quotable
 
 STYLES = {
     "cuda": {"color": BLUE, "marker": "o"},

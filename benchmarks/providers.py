@@ -159,6 +159,11 @@ PROVIDERS = (
 # What fused_act does where no kernel runs.
 FALLBACK = Provider("fallback", fused, True)
 
+# The yardstick: a copy of as many bytes.
+COPY = Provider("copy", lambda *_: None)
+
+OURS = {provider.name for provider in (*PROVIDERS, FALLBACK) if provider.is_ours}
+
 
 def available() -> list[Provider]:
     """The providers that can run here; says why the others cannot."""

@@ -34,7 +34,6 @@ are kept.
 from __future__ import annotations
 
 import argparse
-import collections
 import contextlib
 import dataclasses
 import itertools
@@ -50,18 +49,10 @@ import torch
 import torch._functorch.config
 from torch import Tensor
 
-from benchmarks import environment, options, providers, timing
-from benchmarks.providers import DEVICE, DTYPES, FALLBACK, PROVIDERS, Provider
-from fused_act.dispatch import Kernels
-from fused_act.families.base import Row
-from tests.shared.facts import FACTS
+from benchmarks import environment, options, providers, speed_results, timing, workloads
+from benchmarks.providers import COPY, DEVICE, DTYPES, FALLBACK, PROVIDERS, Provider
+from benchmarks.workloads import LAYOUTS, Workload
 
-BYTES = """\
-Bytes an element of x, of `s` bytes, that have to be moved:
-  inference, forward   2 s     (read x, write y);  forward with a mask of bits   + 1/8
-  backward             3 s     (read grad_output and x, write grad_input);  from a mask   2 s + 1/8
-Of CReLU, whose y and grad_output are twice as long, 3 s, + 1/4, 4 s and 3 s + 1/4. Weights are few.
-"""
 ON_GPU = DEVICE.type == "cuda"
 LARGE = 2**28  # bytes of a tensor; several times what the largest L2 cache holds
 SMALL = 2**20  # elements; above, a launch is a small part of the time
@@ -69,82 +60,6 @@ TENSORS = 24  # of the size of x, that all who take turns hold at the same time
 QUANTILES = torch.tensor([0.5, 0.2, 0.8], dtype=torch.float64)
 
 OUT_OF_MEMORY = "out of memory"
-
-COPY = Provider("copy", lambda *_: None)
-OURS = {provider.name for provider in (*PROVIDERS, FALLBACK) if provider.is_ours}
-
-
-def channels_last(*shape: int, **options) -> Tensor:
-    if len(shape) == 1:
-        shape = shape[0] // 256, 16, 4, 4
-    return torch.empty(shape, memory_format=torch.channels_last, **options).normal_()
-
-
-def odd(*shape: int, **options) -> Tensor:
-    """No multiple of 16 elements, and no row of it either."""
-    return torch.randn(*shape[:-1], shape[-1] // 16 * 16 - 1, **options)
-
-
-def misaligned(*shape: int, **options) -> Tensor:
-    return torch.randn(math.prod(shape) + 1, **options)[1:].view(shape)
-
-
-# Tensors of a shape, or of about its number of elements.
-LAYOUTS = {
-    "contiguous": torch.randn,
-    "channels_last": channels_last,
-    "odd": odd,
-    "misaligned": misaligned,
-}
-
-
-def with_channels(numel: int) -> tuple[int, int, int, int]:
-    """A shape of images: up to 256 channels of up to 1024 pixels, but for what does not divide."""
-    channels = max(1, min(256, numel // 64))
-    pixels = min(1024, numel // channels)
-    return numel // (channels * pixels), channels, pixels // 16, 16
-
-
-@dataclasses.dataclass(frozen=True)
-class Workload:
-    """What all providers compute, so that their times can be compared."""
-
-    activation: Row
-    dtype: str
-    size: int
-    layout: str
-
-    def x(self, device: torch.device | str = DEVICE) -> Tensor:
-        return self.tensor(1, device)
-
-    def tensors(self) -> tuple[Tensor, ...]:
-        """x, grad_output and the weight, if there is one."""
-        x, grad_output = self.x(), self.tensor(self.widens())
-        options = {"dtype": x.dtype, "device": x.device}
-        channels = x.size(1) if x.dim() > 1 else 1
-        return x, grad_output, *providers.weights(self.activation, channels, **options)
-
-    def tensor(self, widens: int, device: torch.device | str = DEVICE) -> Tensor:
-        """Args: widens: how many times the channels of x it has."""
-        shape = (self.size,)
-        if self.activation.family != "elementwise":
-            images, channels, *pixels = with_channels(self.size)
-            shape = images, widens * channels, *pixels
-        return LAYOUTS[self.layout](*shape, dtype=DTYPES[self.dtype], device=device)
-
-    def widens(self) -> int:
-        return FACTS[self.activation.name].widens
-
-    def numel(self) -> int:
-        return self.x("meta").numel()
-
-    def bytes(self) -> int:
-        return self.size * DTYPES[self.dtype].itemsize
-
-    def directions(self) -> list[str]:
-        """Inference is the same kernel as forward where no mask is written."""
-        inference = ["inference"] if self.activation.Function.saves == "mask" else []
-        return [*inference, "forward", "backward", "forward+backward"]
 
 
 class Method(NamedTuple):
@@ -222,90 +137,6 @@ def is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
-def bytes_moved(
-    direction: str, dtype: torch.dtype, numel: int, has_mask: bool, widens: int = 1
-) -> int:
-    """Args: widens: how many elements of y there are for one of x."""
-    x, y = numel * dtype.itemsize, widens * numel * dtype.itemsize
-    mask = (widens * numel + 7) // 8
-    forward = x + y + (mask if has_mask else 0)
-    backward = y + x + (mask if has_mask else x)
-    return {
-        "inference": x + y,
-        "forward": forward,
-        "backward": backward,
-        "forward+backward": forward + backward,
-    }[direction]
-
-
-def copy_call(bytes_: int, x: Tensor, *others: Tensor) -> Callable[[], Tensor]:
-    """A copy that reads half of `bytes_` and writes the other half."""
-    source = torch.randint(256, (bytes_ // 2,), dtype=torch.uint8, device=x.device)
-    return partial(torch.empty_like(source).copy_, source)
-
-
-def kernel_call(
-    kernels: Kernels,
-    parameters: tuple[float, ...],
-    direction: str,
-    x: Tensor,
-    grad_output: Tensor,
-    *weights: Tensor,
-) -> Callable[[], object]:
-    """The ops behind one direction, below autograd."""
-    parameters = *weights, *parameters
-    saved, layout = x, ()
-    if kernels.forward_with_mask is not None and direction != "inference":
-        op = kernels.forward_with_mask
-        if kernels.forward_with_mask_out is not None:
-            op = partial(kernels.forward_with_mask_out, out=torch.empty_like(x))
-        found = op(x, *parameters)
-        saved, layout = found[1] if isinstance(found, tuple) else found, (x.stride(),)
-    elif kernels.forward_out is not None:
-        op = partial(kernels.forward_out, out=torch.empty_like(x))
-    else:
-        op = kernels.forward
-    forward = partial(op, x, *parameters)
-    backward = kernels.backward
-    if backward is None:
-        saved, backward = kernels.forward(x, *parameters), kernels.backward_from_output
-    if direction in ("inference", "forward"):
-        return forward
-    backward = partial(backward, grad_output, saved, *parameters, *layout)
-    return backward if direction == "backward" else lambda: (forward(), backward())
-
-
-def with_fp32_weights(make: Callable[..., Callable]) -> Callable[..., Callable]:
-    """As our raw ops take them."""
-    return lambda x, grad_output, *weights: make(x, grad_output, *map(Tensor.float, weights))
-
-
-def public_call(
-    function: Callable[..., Tensor],
-    direction: str,
-    x: Tensor,
-    grad_output: Tensor,
-    *weights: Tensor,
-) -> Callable[[], object]:
-    """One direction of `function` as a user runs it."""
-    if direction == "inference":
-        return partial(function, x, *weights)
-    leaves = [each.detach().requires_grad_() for each in (x, *weights)]
-    if direction == "backward":
-        y = function(*leaves)
-        return lambda: torch.autograd.grad(y, leaves, grad_output, retain_graph=True)
-    if direction == "forward+backward":
-        return lambda: torch.autograd.grad(function(*leaves), leaves, grad_output)
-    return partial(function, *leaves)
-
-
-def offers(kernels: Kernels, direction: str) -> bool:
-    """Whether the ops of one direction are all there."""
-    forward = kernels.forward is not None
-    backward = kernels.backward is not None or kernels.backward_from_output is not None
-    return {"backward": backward, "forward+backward": forward and backward}.get(direction, forward)
-
-
 def contenders(
     workload: Workload,
     direction: str,
@@ -321,23 +152,29 @@ def contenders(
     for provider, function in functions.items():
         kernels = provider.kernels(workload.activation) if provider.kernels else None
         has_mask = kernels is not None and kernels.forward_with_mask is not None
-        bytes_ = bytes_moved(
+        bytes_ = workloads.bytes_moved(
             direction, DTYPES[workload.dtype], workload.numel(), has_mask, workload.widens()
         )
-        if kernels is not None and offers(kernels, direction):
+        if kernels is not None and workloads.offers(kernels, direction):
             parameters = providers.parameters(workload.activation)
-            make = partial(kernel_call, kernels, parameters, direction)
-            make = with_fp32_weights(make) if provider.is_ours else make
+            make = partial(workloads.kernel_call, kernels, parameters, direction)
+            make = workloads.with_fp32_weights(make) if provider.is_ours else make
             found += [Contender(provider, "kernel", launch, bytes_, make) for launch in launches]
         if function is not None:
-            make, autograd = partial(public_call, function, direction), direction != "inference"
+            make, autograd = (
+                partial(workloads.public_call, function, direction),
+                direction != "inference",
+            )
             for launch in launches:
                 # Autograd runs backward on the stream of forward, which is not that of a capture.
                 if (launch, direction) != ("graph", "backward"):
                     found.append(Contender(provider, "public", launch, bytes_, make, autograd))
     copies = dict.fromkeys((one.launch, one.bytes) for one in found)
     return [
-        *(Contender(COPY, "kernel", *copy, partial(copy_call, copy[1])) for copy in copies),
+        *(
+            Contender(COPY, "kernel", *copy, partial(workloads.copy_call, copy[1]))
+            for copy in copies
+        ),
         *found,
     ]
 
@@ -472,130 +309,6 @@ def measure_all(
             yield from measure(workload, found, method, reason_to_skip(workload, deadline))
 
 
-def quotable(row: dict[str, str]) -> bool:
-    """Whether a time of speed.csv is that of the device.
-
-    Where there is no column `bound`, which older files do not have, the host had a part in the time
-    between two events wherever it took longer than the clearing of the L2 cache and the kernels:
-    for kernels on 2^22 elements and fewer, and for public functions of less than 0.6 ms, which is
-    what the slowest took the host. Their CUDA graphs had so few runs that they took as long as a
-    graph needs to start.
-    """
-    if not row["median"]:
-        return False
-    if row.get("bound") or not row["gpu"]:
-        return row.get("bound") != "host"
-    if row["api"] == "kernel":
-        return row["launch"] == "call" and int(row["numel"]) > 2**22
-    return row["launch"] == "call" and float(row["median"]) >= 0.6
-
-
-def comparison(row: dict) -> tuple:
-    """What has to be alike for two rows to be compared."""
-    columns = ("api", "launch", "activation", "direction", "dtype", "numel", "layout")
-    return tuple(row[column] for column in columns)
-
-
-def by_comparison(rows: list[dict]) -> dict[tuple, dict[str, dict]]:
-    """The rows by what was computed and how, then by who computed it."""
-    found = {}
-    for row in rows:
-        found.setdefault(comparison(row), {})[row["provider"]] = row
-    return found
-
-
-def describe(compared: tuple) -> str:
-    _, _, activation, direction, dtype, numel, layout = compared
-    return f"{activation} {direction} {dtype} {options.size_name(numel)} {layout}"
-
-
-def cell(row: dict | None) -> str:
-    if row is None:
-        return "-"
-    if row["error"] or row["skipped"]:
-        return "failed" if row["error"] else "skipped"
-    share = f" {row['share_of_copy']:5.0%}" if row["share_of_copy"] else ""
-    host = f" {row['host_us']:4.0f} µs" if row["host_us"] else ""
-    bound = " HOST" if row["bound"] == "host" else ""
-    return f"{row['median']:.4f}{share}{host}{bound}"
-
-
-def print_results(rows: list[dict]) -> None:
-    compared = by_comparison(rows)
-    for api, launch in dict.fromkeys(key[:2] for key in compared):
-        found = {key: by_name for key, by_name in compared.items() if key[:2] == (api, launch)}
-        names = dict.fromkeys(name for by_name in found.values() for name in by_name)
-        lines = [
-            (describe(key), *(cell(by_name.get(provider)) for provider in names))
-            for key, by_name in found.items()
-        ]
-        print(
-            f"\n{api}, {launch}: median in ms, share of a copy of the same bytes, on a GPU what a "
-            "call costs the host; HOST where the median is not that of the device alone\n"
-        )
-        print(environment.table(["", *names], lines))
-    providers.print_errors(rows)
-    for reason, count in collections.Counter(row["skipped"] for row in rows).items():
-        if reason:
-            print(f"{count} rows skipped: {reason}")
-
-
-class Verdict(NamedTuple):
-    """One of ours beside the best alternative; `ratio` > 1 is what it gains."""
-
-    ratio: float
-    word: str
-
-    def __str__(self) -> str:
-        return f"{self.ratio:.2f}x {self.word:6}"
-
-
-def verdict(own: dict, other: dict) -> Verdict:
-    """Even where the ranges from the 20 % to the 80 % quantile overlap."""
-    word = "even"
-    if own["q80"] < other["q20"]:
-        word = "faster"
-    elif own["q20"] > other["q80"]:
-        word = "slower"
-    return Verdict(other["median"] / own["median"], word)
-
-
-def verdicts(rows: list[dict]) -> list[tuple[tuple, dict, dict[str, Verdict]]]:
-    """What was compared, the row of the best alternative, and what that makes of each of ours."""
-    found = []
-    for compared, by_provider in by_comparison(rows).items():
-        timed = {name: row for name, row in by_provider.items() if row["samples"]}
-        ours = [name for name in timed if name in OURS]
-        others = [row for name, row in timed.items() if name not in OURS and name != COPY.name]
-        if ours and others:
-            best = min(others, key=lambda row: row["median"])
-            found.append((compared, best, {name: verdict(timed[name], best) for name in ours}))
-    return sorted(found, key=lambda one: max(one[2].values()))
-
-
-def print_verdicts(rows: list[dict]) -> None:
-    found = verdicts(rows)
-    if not found:
-        return
-    names = dict.fromkeys(name for *_, by_name in found for name in by_name)
-    lines = [
-        (
-            f"{compared[0]}, {compared[1]}: {describe(compared)}",
-            *(str(by_name.get(name, "-")) for name in names),
-            f"{best['provider']} {best['median']:.4f}",
-        )
-        for compared, best, by_name in found
-    ]
-    print("\nOurs beside the best alternative: what is lost comes first, then what is gained\n")
-    print(environment.table(["", *names, "best alternative, ms"], lines))
-    print("\nEven means that the ranges from the 20 % to the 80 % quantile overlap.")
-    for name in names:
-        words = collections.Counter(by_name[name].word for *_, by_name in found if name in by_name)
-        print(
-            name, *(f"{word} in {words[word]}" for word in ("slower", "even", "faster")), sep=", "
-        )
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_results(parser)
     extent = parser.add_mutually_exclusive_group()
@@ -647,11 +360,11 @@ def main(arguments: argparse.Namespace) -> list[dict]:
         torch.set_num_threads(1)  # several wait for each other on a busy machine
         turns = {"call": timing.cpu_turn}
         method = Method(turns, rounds=5 if arguments.quick else 9, seconds=0.005)
-    print(BYTES)
+    print(workloads.BYTES)
     torch.manual_seed(0)
     found = measure_all(arguments, compared, method)
     name = "speed_edges.csv" if arguments.edges else "speed.csv"
     rows = environment.write_csv(arguments.results / name, found)
-    print_results(rows)
-    print_verdicts(rows)
+    speed_results.print_results(rows)
+    speed_results.print_verdicts(rows)
     return rows

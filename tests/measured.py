@@ -1,7 +1,7 @@
 """What an NVIDIA H200 measured, as tables and sentences of README.md and the pages behind it.
 
 Every figure comes out of a file under benchmarks/results/nvidia-h200. What is quoted of speed.csv
-is what `benchmarks.speed.quotable` lets through.
+is what `benchmarks.speed_results.quotable` lets through.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def percent(share: float) -> str:
 def speed(api: str, size: int) -> dict[tuple[str, ...], dict]:
     """Rows of contiguous tensors of so many bytes, by activation, dtype, direction, provider."""
     from benchmarks.plot import tensor_bytes
-    from benchmarks.speed import quotable
+    from benchmarks.speed_results import quotable
 
     return {
         tuple(row[key] for key in ("activation", "dtype", "direction", "provider")): row

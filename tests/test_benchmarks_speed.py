@@ -8,10 +8,11 @@ from functools import partial
 import pytest
 import torch
 
-from benchmarks import providers, speed, timing
+from benchmarks import providers, speed, speed_results, timing, workloads
 from benchmarks.__main__ import parse
 from benchmarks.providers import DTYPES
-from benchmarks.speed import Method, Workload
+from benchmarks.speed import Method
+from benchmarks.workloads import Workload
 from fused_act.activations import FAMILIES, ROWS
 from tests.shared.benchmarks import (
     CLOCK,
@@ -82,7 +83,7 @@ def test_input_that_does_not_fit_is_skipped(monkeypatch):
     def contiguous(numel, dtype, device):
         return torch.empty(numel if device == "meta" else 2**60, dtype=dtype, device=device)
 
-    monkeypatch.setitem(speed.LAYOUTS, "contiguous", contiguous)
+    monkeypatch.setitem(workloads.LAYOUTS, "contiguous", contiguous)
     rows = measure({"one": CLOCK.taking(0.002)})
     assert rows["one"]["skipped"] == "out of memory"
 
@@ -117,7 +118,7 @@ def test_kernels_and_public_functions_compute_what_they_are_timed_for(activation
     grad_input = gradient(activation, grad_output, x)
     kernels = providers.aten_kernels(activation)
     calls = {
-        direction: speed.kernel_call(kernels, parameters, direction, x, grad_output)
+        direction: workloads.kernel_call(kernels, parameters, direction, x, grad_output)
         for direction in ("inference", "forward", "backward", "forward+backward")
     }
     assert torch.equal(calls["inference"](), y)
@@ -131,7 +132,7 @@ def test_kernels_and_public_functions_compute_what_they_are_timed_for(activation
     for direction, expected in {
         "inference": y, "forward": y, "backward": grad_input, "forward+backward": grad_input,
     }.items():  # fmt: skip
-        call = speed.public_call(function, direction, x, grad_output)
+        call = workloads.public_call(function, direction, x, grad_output)
         found = call()
         found = found[0] if isinstance(found, tuple) else found
         torch.testing.assert_close(found.detach(), expected)
@@ -154,9 +155,9 @@ def test_flag_gems_is_timed_where_it_has_the_op(monkeypatch):
         kernels, parameters = (
             make(activation) for make in (providers.flag_gems_kernels, providers.parameters)
         )
-        if speed.offers(kernels, direction):
+        if workloads.offers(kernels, direction):
             offered.add(f"{activation.name} {direction}")
-            call = speed.kernel_call(kernels, parameters, direction, x, grad_output)
+            call = workloads.kernel_call(kernels, parameters, direction, x, grad_output)
             if direction == "forward":
                 expected = activation.torch_forward(x, *parameters, inplace=False)
             else:
@@ -166,7 +167,7 @@ def test_flag_gems_is_timed_where_it_has_the_op(monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["prelu", "learnable_swish", "crelu"])
-@pytest.mark.parametrize("layout", speed.LAYOUTS)
+@pytest.mark.parametrize("layout", workloads.LAYOUTS)
 def test_other_families_are_timed_with_weights_and_channels(name, layout):
     activation = ROWS[name]
     workload = Workload(activation, "fp32", 2**12, layout)
@@ -179,16 +180,16 @@ def test_other_families_are_timed_with_weights_and_channels(name, layout):
     grads = torch.autograd.grad(y, leaves, grad_output)
     for make in (providers.aten, providers.fused):
         function = make(activation, False)
-        call = partial(speed.public_call, function)
+        call = partial(workloads.public_call, function)
         assert torch.equal(call("forward", x, grad_output, *weights)(), y)
         for direction in ("backward", "forward+backward"):
             found = call(direction, x, grad_output, *weights)()
             assert all(map(torch.equal, found, grads)), direction
         assert make(activation, True) is None
     kernels = providers.aten_kernels(activation)
-    call = speed.kernel_call(kernels, parameters, "forward", x, grad_output, *weights)
+    call = workloads.kernel_call(kernels, parameters, "forward", x, grad_output, *weights)
     assert torch.equal(call(), y)
-    assert not speed.offers(kernels, "backward")
+    assert not workloads.offers(kernels, "backward")
 
 
 @pytest.mark.interpreted
@@ -201,8 +202,8 @@ def test_kernels_of_ours_compute_what_they_are_timed_for(activation):
     y = providers.aten(activation, False)(*leaves)
     grads = torch.autograd.grad(y, leaves, grad_output)
     triton = provider_called("triton")
-    make = speed.with_fp32_weights(
-        partial(speed.kernel_call, triton.kernels(activation), parameters, "forward+backward")
+    make = workloads.with_fp32_weights(
+        partial(workloads.kernel_call, triton.kernels(activation), parameters, "forward+backward")
     )
     with triton.selected():
         _, found = make(x, grad_output, *weights)()
@@ -221,9 +222,9 @@ def test_kernels_of_ours_compute_what_they_are_timed_for(activation):
 )
 def test_bytes_of_crelu(direction, mirrored, mask):
     """1,024 elements of bf16 are 2,048 bytes, and two bits for each are 256."""
-    assert speed.bytes_moved(direction, torch.bfloat16, 1024, True, 2) == mirrored + mask
+    assert workloads.bytes_moved(direction, torch.bfloat16, 1024, True, 2) == mirrored + mask
     without = {"backward": 2048, "forward+backward": 2048}.get(direction, 0)
-    assert speed.bytes_moved(direction, torch.bfloat16, 1024, False, 2) == mirrored + without
+    assert workloads.bytes_moved(direction, torch.bfloat16, 1024, False, 2) == mirrored + without
 
 
 # Whose time it is
@@ -233,7 +234,7 @@ def timed_on_a_gpu(monkeypatch, call_in, launches=("call", "graph")):
     """The rows of what `call_in(queue)` makes, by provider and launch, with a stand-in queue."""
     queue = StandInQueue(clearing=60e-6)
     copy = partial(queue.launch, 5e-6, 159e-6)
-    monkeypatch.setattr(speed, "copy_call", lambda bytes_, *tensors: copy)
+    monkeypatch.setattr(workloads, "copy_call", lambda bytes_, *tensors: copy)
     monkeypatch.setattr(Workload, "directions", lambda workload: ["forward"])
     turns = {"call": timing.GpuTurn, "graph": timing.graph_turn}
     turns = {name: partial(turns[name], queue=queue) for name in launches}
@@ -270,14 +271,14 @@ def test_a_row_that_the_host_bounds_says_so(monkeypatch):
 
     row = timed_on_a_gpu(monkeypatch, call_in, ["call"])["one", "call"]
     assert row["bound"] == "host"
-    assert speed.cell(row).endswith("HOST")
-    assert not speed.quotable(row | {"gpu": "H200"})
+    assert speed_results.cell(row).endswith("HOST")
+    assert not speed_results.quotable(row | {"gpu": "H200"})
 
 
 def test_rows_of_a_cpu_tell_nothing_of_a_host():
     row = measure({"one": CLOCK.taking(0.002)})["one"]
     assert (row["host_us"], row["bound"]) == ("", "")
-    assert speed.quotable(row | {"gpu": ""})
+    assert speed_results.quotable(row | {"gpu": ""})
 
 
 @pytest.mark.parametrize(
@@ -300,13 +301,13 @@ def test_rows_of_a_cpu_tell_nothing_of_a_host():
 )
 def test_what_the_host_bounds_is_not_quoted(fields, expected):
     row = {"gpu": "H200", "launch": "call", "median": 2.0} | fields
-    assert speed.quotable({column: str(value) for column, value in row.items()}) is expected
+    assert speed_results.quotable({column: str(value) for column, value in row.items()}) is expected
 
 
 # What is measured
 
 
-@pytest.mark.parametrize("layout", speed.LAYOUTS)
+@pytest.mark.parametrize("layout", workloads.LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_layouts(layout, dtype):
     workload = Workload(ROWS["relu6"], dtype, 2**10, layout)
@@ -335,7 +336,7 @@ def test_grid(monkeypatch):
         ("bf16", 2**30, "contiguous"),
     ]  # fmt: skip
     assert len(grid("--quick")) == 2
-    assert len(grid("--full")) == 21 * len(DTYPES) * len(speed.LAYOUTS)
+    assert len(grid("--full")) == 21 * len(DTYPES) * len(workloads.LAYOUTS)
     assert grid("--sizes", "2^20", "1000", "--dtypes", "fp32") == [
         ("fp32", 2**20, "contiguous"), ("fp32", 1000, "contiguous"),
     ]  # fmt: skip
@@ -390,6 +391,6 @@ def test_verdicts_are_of_ours_beside_the_best_alternative(times, expected):
         what | {"provider": name, **dict(zip(("q20", "median", "q80"), found))}
         for name, found in all_times.items()
     ]
-    ((_, best, ours),) = speed.verdicts(rows)
+    ((_, best, ours),) = speed_results.verdicts(rows)
     assert best["provider"] == "aten"
     assert {name: str(one).strip() for name, one in ours.items()} == {"triton": expected}

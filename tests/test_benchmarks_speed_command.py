@@ -9,7 +9,7 @@ from functools import partial
 import pytest
 import torch
 
-from benchmarks import environment, speed, timing
+from benchmarks import environment, speed, timing, workloads
 from benchmarks.__main__ import parse
 from benchmarks.environment import read_csv
 from tests.shared.benchmarks import CLOCK, raise_value_error, status
@@ -39,7 +39,7 @@ def test_the_command_says_what_it_compared(monkeypatch, compare, tmp_path, capsy
     }  # fmt: skip
     assert all(float(row["median"]) > 0 for row in rows)
     output = capsys.readouterr().out
-    for text in ("NO GPU", speed.BYTES, "relu6 inference fp32 2^10", "slower in"):
+    for text in ("NO GPU", workloads.BYTES, "relu6 inference fp32 2^10", "slower in"):
         assert text in output
 
 
@@ -112,7 +112,7 @@ def test_a_gpu_is_timed_as_a_gpu(monkeypatch, compare, tmp_path, capsys):
 @pytest.mark.full
 @pytest.mark.interpreted
 def test_triton_in_the_interpreter(compare, tmp_path):
-    layouts = ("--layouts", *speed.LAYOUTS)
+    layouts = ("--layouts", *workloads.LAYOUTS)
     assert compare("--sizes", "2^10", "--dtypes", "bf16", "--providers", "triton", *layouts) == 0
     rows = read_csv(tmp_path / "speed.csv")
     assert {row["provider"] for row in rows} == {"copy", "triton"}
@@ -129,7 +129,7 @@ def test_triton_in_the_interpreter(compare, tmp_path):
 
 @pytest.mark.gpu
 def test_the_command_on_a_gpu(tmp_path):
-    arguments = ("--results", str(tmp_path), "--sizes", "2^12", "--layouts", *speed.LAYOUTS)
+    arguments = ("--results", str(tmp_path), "--sizes", "2^12", "--layouts", *workloads.LAYOUTS)
     rows = speed.main(parse(["speed", *arguments, "--dtypes", "bf16"]))
     assert not [row["error"] for row in rows if row["error"]]
     assert {row["launch"] for row in rows} == {"call", "graph"}
