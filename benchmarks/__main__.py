@@ -30,6 +30,7 @@ COMMANDS = {
     "training": "what each activation brings in training, and what it costs",
     "activations": "what each activation is like: gallery and comparison sheet",
     "plot": "pictures of the results in a folder",
+    "compare": "what got worse from one folder of results to another: a verdict",
     "demo": "a first look: networks trained with and without fused_act, curves, times",
 }
 

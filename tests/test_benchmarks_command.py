@@ -11,11 +11,12 @@ from benchmarks import environment
 from benchmarks.__main__ import COMMANDS, parse
 from tests.shared.benchmarks import status
 
-WITHOUT_EXTRA = ("speed", "memory", "accuracy", "compile", "overhead", "instructions")
+WITHOUT_EXTRA = ("speed", "memory", "accuracy", "compile", "overhead", "instructions", "compare")
+FOLDERS = {"compare": ("old", "new")}  # what a command cannot be parsed without
 
 # Which command takes which of the shared options.
 TAKE = {
-    "--results": tuple(COMMANDS),
+    "--results": tuple(name for name in COMMANDS if name not in FOLDERS),
     "--activations": ("speed", "memory", "accuracy", "training"),
     "--dtypes": ("speed", "memory", "accuracy", "compile"),
     "--sizes": ("speed", "compile"),
@@ -124,7 +125,8 @@ def test_a_count_that_is_none_is_refused(capsys):
 
 @pytest.mark.usefixtures("extra")
 def test_by_default_results_are_in_the_folder_of_the_device():
-    folders = {name: parse([name]).results.relative_to(environment.ROOT) for name in COMMANDS}
+    names = TAKE["--results"]
+    folders = {name: parse([name]).results.relative_to(environment.ROOT) for name in names}
     own = {"instructions": "machine_code", "demo": "demo"}
     for name, folder in folders.items():
         assert folder == Path("results", own.get(name, environment.device_folder()))
@@ -143,7 +145,7 @@ missing = ("matplotlib", "sklearn", "tabulate", "tqdm")
 sys.modules |= dict.fromkeys(missing)
 from benchmarks.__main__ import parse
 for name in {WITHOUT_EXTRA}:
-    parse([name])
+    parse([name, *{FOLDERS}.get(name, ())])
 """
     finished = python(code)
     assert finished.returncode == 0, finished.stderr
