@@ -436,13 +436,13 @@ def main(arguments: argparse.Namespace) -> list[dict]:
         found.setdefault(path.name, []).append(cut)
     counts = {name: len(select({name: all_of_it}, *COMPARED)) for name, all_of_it in found.items()}
     figures = sum(counts.values())
-    files = (f"{count} figures in {name}" for name, count in counts.items() if count)
-    print(f"compared{' on ' if devices else ''}{''.join(devices)}: {', '.join(files) or 'nothing'}")
+    files = ", ".join(f"{count} in {name}" for name, count in counts.items() if count)
+    print(f"figures compared{' on ' if devices else ''}{''.join(devices)}: {files or 'none'}")
     print_findings(found)
     worse, better, failed = (len(select(found, each)) for each in (WORSE, BETTER, FAILED))
     if not figures and not failed:
         environment.refuse("expected figures of ours in both folders, got none to compare")
-    summary = f"{figures} figures compared, {worse} worse, {better} better; {failed} failures"
+    summary = f"figures: {figures}, worse: {worse}, better: {better}, failures: {failed}"
     bad = worse + failed
     print(f"\ncompare: {'FAILED' if bad else 'passed'}: {summary}")
     return [{"error": summary}] if bad else []
