@@ -35,6 +35,7 @@ from benchmarks.speed import OURS, comparison, quotable
 
 WORSE, BETTER, EVEN, FAILED, NOT_COMPARED = "worse", "better", "even", "failed", "not compared"
 COMPARED = (WORSE, BETTER, EVEN)
+FAILURES = ("failed", "error")  # outcomes of a test
 SHARE_OF_COPY = 0.02
 HOST_RATIO, HOST_US = 1.2, 2.0
 BYTES, ULP, NETWORK_TIME, NETWORK_MEMORY = 1.005, 1.01, 1.02, 1.01
@@ -221,9 +222,6 @@ def test_rows(rows: list[dict]) -> list[dict]:
     ]
 
 
-FAILURES = ("failed", "error")
-
-
 def by_us(row: dict) -> bool:
     return row["provider"] in OURS
 
@@ -265,7 +263,6 @@ KINDS = {
     "accuracy.csv": Kind(("provider", "activation", "kind", "dtype", "region"), accuracy),
     COUNTS: Kind((*CELL, "capability"), instructions),
 }
-
 
 # How a column is shown where its value alone does not say what it is.
 SHOWN = {

@@ -185,6 +185,17 @@ def test_times_of_the_host_are_not_compared(write, verdict, fields):
     assert "\n  speed.csv, 1: the time is the host's\n" in output
 
 
+@pytest.mark.parametrize("fields", [{"api": "kernel"}, {"launch": "graph"}], ids=repr)
+def test_only_public_calls_are_judged_by_what_they_cost_the_host(write, verdict, fields):
+    cell = SPEED | {"numel": 2**10} | fields
+    aten = cell | {"provider": "aten", "host_us": 5}
+    write("old", "speed.csv", SPEED, cell | {"host_us": 5}, aten)
+    write("new", "speed.csv", SPEED, cell | {"host_us": 50}, aten)
+    ended, output = verdict()
+    assert ended == 0
+    assert "time of the host" not in output
+
+
 @pytest.mark.parametrize(
     ("old", "new", "expected"),
     [
@@ -249,8 +260,10 @@ def test_a_network_is_judged_beside_torchs_modules(write, verdict):
     write("old", "networks.csv", TORCH, FUSED)
     write("new", "networks.csv", TORCH | slower, FUSED | {"ms": 40.0, "min": 20.0})
     assert verdict()[0] == 0
-    write("new", "networks.csv", TORCH, FUSED | {"mode": "checkpoint"} | slower, FUSED)
-    assert verdict()[0] == 0  # which is torch's, too
+    checkpoint = FUSED | {"mode": "checkpoint"}  # of torch's modules
+    write("old", "networks.csv", TORCH, FUSED, checkpoint)
+    write("new", "networks.csv", TORCH, FUSED, checkpoint | slower)
+    assert verdict()[0] == 0
     write("new", "networks.csv", FUSED)
     ended, output = verdict()
     assert ended == 2
@@ -267,16 +280,21 @@ def test_another_network_of_the_same_name_is_not_compared(write, verdict, step, 
     assert (reason in output) == (not same)
 
 
-def test_a_direction_and_a_batch_of_its_own_are_another_row(write, verdict):
-    inference = {"direction": "inference", "ms": 10.0, "min": 10.0}
-    larger = {"batch": 256, "ms": 10.0, "min": 10.0, "step_gb": 1.0}
-    write("old", "networks.csv", TORCH, FUSED, TORCH | inference, TORCH | larger)
-    write("new", "networks.csv", TORCH, FUSED, TORCH | inference, TORCH | larger)
+@pytest.mark.parametrize("other", [{"direction": "inference"}, {"batch": 256}], ids=repr)
+def test_a_direction_and_a_batch_have_a_torch_of_their_own(write, verdict, other):
+    slower = {"ms": 80.0, "min": 40.0}
+    write("old", "networks.csv", FUSED, TORCH, FUSED | other, TORCH | other)
+    write("new", "networks.csv", FUSED, TORCH, FUSED | other | slower, TORCH | other | slower)
+    ended, output = verdict()
+    assert ended == 1  # fused took half of torch's time there
+    assert "got worse (1)" in output
+    assert "got better" not in output
+    line = f"batch {other.get('batch', 128)} {other.get('direction', 'training')} fused, time"
+    assert f"{line}, of torch's: 0.500 (least 0.500) -> 1.000 (least 1.000)" in output
+    write("old", "networks.csv", FUSED, TORCH)
     ended, output = verdict()
     assert ended == 0
-    assert "figures compared on H200: 2 in networks.csv" in output
-    write("new", "networks.csv", TORCH, FUSED, FUSED | inference, FUSED | larger)
-    assert "networks.csv, 2: OLD has no such row" in verdict()[1]
+    assert "networks.csv, 1: OLD has no such row" in output
 
 
 OLDEST = [
