@@ -54,8 +54,8 @@ FIGURES = [
     ("memory.csv", "saved_bytes", 2.0, 2.009, 2.011),
     ("memory.csv", "peak_bytes", 2.0, 2.009, 2.011),
     ("accuracy.csv", "max_ulp", 5.0, 5.04, 5.06),
-    ("networks.csv", "step_gb", 4.0, 4.03, 4.05),
-    ("networks_compiled.csv", "step_gb", 4.0, 4.03, 4.05),
+    ("networks.csv", "step_gb", 4.0, 4.07, 4.09),
+    ("networks_compiled.csv", "step_gb", 4.0, 4.07, 4.09),
 ]
 figures = pytest.mark.parametrize(
     ("name", "column", "old", "alike", "other"), FIGURES, ids=[":".join(row[:2]) for row in FIGURES]
@@ -268,6 +268,13 @@ def test_a_network_is_judged_beside_torchs_modules(write, verdict):
     ended, output = verdict()
     assert ended == 2
     assert "networks.csv, 1: NEW has no time, of torch's" in output
+
+
+@pytest.mark.parametrize(("torchs", "expected"), [(8.0, 1), (8.2, 0)])
+def test_memory_that_torchs_step_takes_more_as_well_is_not_ours(write, verdict, torchs, expected):
+    write("old", "networks.csv", TORCH, FUSED)
+    write("new", "networks.csv", TORCH | {"step_gb": torchs}, FUSED | {"step_gb": 4.2})
+    assert verdict()[0] == expected
 
 
 @pytest.mark.parametrize(("step", "same"), [(8.3, True), (7.7, True), (8.5, False), (7.5, False)])
@@ -499,19 +506,12 @@ def test_what_cannot_be_compared_is_one_line(write, verdict, tmp_path):
 def test_an_h200_after_the_kernels_were_tuned(capsys):
     """Of 91e1619 and what came of it: no kernel is slower, and most of CUDA C++ is faster.
 
-    The step of a batch of 8 takes 12 MiB more than it did, in torch's modules as in ours. Of what
-    torch's takes that makes 0.721 of 0.706, as ours takes less.
+    The step of a batch of 8 takes 12 MiB more than it did, in torch's modules as in ours.
     """
     folder = environment.ROOT / "results" / "nvidia-h200"
-    assert status("compare", folder / "91e1619", folder) == 1
+    assert status("compare", folder / "91e1619", folder) == 0
     output = capsys.readouterr().out
     assert "figures compared on NVIDIA H200: 77 in speed.csv, 8 in networks.csv" in output
-    worse = output.partition("got worse (2)\n")[2].partition("\n\n")[0].splitlines()
-    net = "  networks.csv: mobilenet_v2 bs8 training fused"
-    assert worse == [
-        f"{net} remat, memory, of torch's: 0.709 -> 0.727",
-        f"{net}, memory, of torch's: 0.706 -> 0.721",
-    ]
     assert "cuda relu6 backward fp32 2^26 contiguous kernel call" in output
-    last = "compare: FAILED: figures: 85, worse: 2, better: 28, failures: 0"
+    last = "compare: passed: figures: 85, worse: 0, better: 28, failures: 0"
     assert output.splitlines()[-1] == last
