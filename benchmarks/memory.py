@@ -11,12 +11,17 @@ are bytes for each element that an activation computes:
 - the others: training steps of small networks, where convolutions, linear layers and norms save
   theirs too. Compiled networks take minutes, so they have to be asked for.
 
+PReLU and the learnable Swish have one weight in each place. CReLU makes two channels of one, so a
+layer before it has half of the filters, and CReLU computes as many elements as the others there.
+csp, efficientnet and swiglu do without CReLU: their layers expect as many channels as go in.
+
 saved is what the nodes of the graph keep beyond parameters and input, each storage once: masks, and
 what activations, norms, layers (convolutions and linear layers) and others keep besides; what two
-keep counts for the first of these. Of checkpoints, whose nodes do not tell, it is what is allocated
-in forward and not freed, but for the output. peak, on a GPU, is the most on the way through forward
-and backward. ms is such a step of a network, on a GPU that of the device alone where its launches
-fit into the queue; all take turns. `networks` tells what larger networks gain.
+keep counts for the first of these. Compiled code is a single node, which counts among the others.
+Of checkpoints, whose nodes do not tell, it is what is allocated in forward and not freed, but for
+the output. peak, on a GPU, is the most on the way through forward and backward. ms is such a step
+of a network, on a GPU that of the device alone where its launches fit into the queue; all take
+turns. `networks` tells what larger networks gain.
 
 rematerialize and rematerialize-norm are fused_act's block of that name, without and with `norm`,
 around forward. checkpoint is `torch.utils.checkpoint` of every layer of the network. Compiled code
@@ -42,8 +47,9 @@ import fused_act
 from benchmarks import environment, networks, options, providers, timing
 from benchmarks.providers import DEVICE, DTYPES, Provider
 from fused_act.backends.triton import INTERPRET
-from fused_act.families.elementwise import Elementwise
+from fused_act.families.base import Row
 from fused_act.rematerialization import way
+from tests.shared.facts import FACTS
 
 CHANNELS = 32
 ON_GPU = DEVICE.type == "cuda"
@@ -55,18 +61,19 @@ ROUNDS, SECONDS = 9, 0.02 if ON_GPU else 0.05  # turns of each network, and thei
 
 
 class Call(nn.Module):
-    """A function as a module."""
+    """A function as a module. The weight that follows `x`, if there is one, is its parameter."""
 
-    def __init__(self, function: Callable[[Tensor], Tensor]):
+    def __init__(self, function: Callable[..., Tensor], *weights: Tensor):
         super().__init__()
         self.function = function
+        self.weight = nn.Parameter(*weights) if weights else None
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.function(x)
+        return self.function(x) if self.weight is None else self.function(x, self.weight)
 
 
 class Alone(nn.Module):
-    def __init__(self, activation: Callable[[], nn.Module]):
+    def __init__(self, activation: Callable[[], nn.Module], widens: int):
         super().__init__()
         self.activation = activation()
 
@@ -74,8 +81,9 @@ class Alone(nn.Module):
         return self.activation(x.clone())
 
 
-def conv_act_conv(activation: Callable[[], nn.Module]) -> nn.Sequential:
-    first, second = (nn.Conv2d(CHANNELS, CHANNELS, 1, bias=False) for _ in range(2))
+def conv_act_conv(activation: Callable[[], nn.Module], widens: int) -> nn.Sequential:
+    first = nn.Conv2d(CHANNELS, CHANNELS // widens, 1, bias=False)
+    second = nn.Conv2d(CHANNELS, CHANNELS, 1, bias=False)
     return nn.Sequential(first, activation(), second)
 
 
@@ -84,13 +92,23 @@ class Model:
     """What an activation is measured in: itself alone, between two layers, or a network.
 
     Args:
-        build: makes it of what makes its activations.
+        build: makes it of what makes its activations and, where it `can_widen`, of how many
+            channels these make of one.
         shape: that of its input.
     """
 
-    build: Callable[[Callable[[], nn.Module]], nn.Module]
+    build: Callable[..., nn.Module]
     shape: tuple[int, ...]
     is_network: bool = True
+    can_widen: bool = True
+
+    def can_have(self, activation: Row) -> bool:
+        return self.can_widen or FACTS[activation.name].widens == 1
+
+    def module(self, make: Callable[[], nn.Module], activation: Row) -> nn.Module:
+        """The model with `activation`, of which `make` makes one."""
+        widens = (FACTS[activation.name].widens,) if self.can_widen else ()
+        return self.build(make, *widens)
 
 
 MODELS = {
@@ -99,9 +117,9 @@ MODELS = {
     "conv-act stack": Model(partial(networks.stack, norm=False), IMAGES),
     "conv-norm-act stack": Model(partial(networks.stack, norm=True), IMAGES),
     "mobilenet_v2": Model(networks.digits_network, IMAGES),
-    "csp": Model(networks.csp_network, IMAGES),
-    "efficientnet": Model(networks.efficientnet, IMAGES),
-    "swiglu": Model(networks.swiglu_mlp, TOKENS),
+    "csp": Model(networks.csp_network, IMAGES, can_widen=False),
+    "efficientnet": Model(networks.efficientnet, IMAGES, can_widen=False),
+    "swiglu": Model(networks.swiglu_mlp, TOKENS, can_widen=False),
 }
 
 
@@ -131,7 +149,7 @@ class Contender:
     inplace: bool
     method: str
 
-    def can(self, activation: Elementwise, model: Model, compile_networks: bool) -> bool:
+    def can(self, activation: Row, model: Model, compile_networks: bool) -> bool:
         if self.provider.function(activation, self.inplace) is None:
             return False
         if self.provider.compiles:
@@ -162,28 +180,63 @@ def allocated(found: dict[str, int]) -> Iterator[None]:
     found["peak"] = torch.cuda.max_memory_allocated() - before
 
 
-# Who saves, by the names of their nodes; masks by their dtype.
+# Who saves, by the names of their nodes; masks by their dtype, activations by `nodes_of_calls`.
 KINDS = {
     "masks": (),
-    "by_activations": ("Mish", "Swish", "Silu", "Relu6", "Hardtanh"),
+    "by_activations": (),
     "by_norms": ("Norm",),
     "by_layers": ("Convolution", "Addmm", "Mm", "Bmm"),
     "by_others": ("",),
 }
 
 
-def saved_by(output: Tensor, not_counted: set[int]) -> dict[str, int]:
-    """Bytes of the storages that the graph behind `output` keeps, by who has saved them."""
-    kept = {kind: {} for kind in KINDS}
-    nodes, visited = [output.grad_fn], set()
+def nodes_behind(last: Node | None, first: Node | None = None) -> set[Node]:
+    """The nodes of the graph that ends with `last`, up to `first`, which is not among them."""
+    nodes, visited = [last], set()
     while nodes:
         node = nodes.pop()
-        if node is None or node in visited:
-            continue
-        visited.add(node)
-        nodes += [following for following, _ in node.next_functions]
+        if node is not None and node is not first and node not in visited:
+            visited.add(node)
+            nodes += [following for following, _ in node.next_functions]
+    return visited
+
+
+@contextlib.contextmanager
+def nodes_of_calls(module: nn.Module) -> Iterator[set[Node]]:
+    """Put the nodes that the activations of `module` make inside into a set.
+
+    Names do not tell whose they are: a definition in torch's ops multiplies, and so does a gate.
+    """
+    found, firsts = set(), []
+
+    def before(call: Call, inputs: tuple[Tensor]) -> None:
+        firsts.append(inputs[0].grad_fn)  # after a call in place it is that of the output
+
+    def behind(call: Call, inputs: tuple[Tensor], output: Tensor) -> None:
+        found.update(nodes_behind(output.grad_fn, firsts.pop()))
+
+    with contextlib.ExitStack() as hooks:
+        for call in module.modules():
+            if isinstance(call, Call):
+                hooks.enter_context(call.register_forward_pre_hook(before))
+                hooks.enter_context(call.register_forward_hook(behind))
+        yield found
+
+
+def saved_by(output: Tensor, not_counted: set[int], activations: set[Node]) -> dict[str, int]:
+    """Bytes of the storages that the graph behind `output` keeps, by who has saved them.
+
+    Args:
+        not_counted: the addresses of storages that are there anyway.
+        activations: the nodes that are theirs.
+    """
+    kept = {kind: {} for kind in KINDS}
+    for node in nodes_behind(output.grad_fn):
         own = next(
-            kind for kind, names in KINDS.items() if any(name in node.name() for name in names)
+            kind
+            for kind, names in KINDS.items()
+            if (kind == "by_activations" and node in activations)
+            or any(name in node.name() for name in names)
         )
         for tensor in kept_by(node):
             kind = "masks" if tensor.dtype in (torch.uint8, torch.bool) else own
@@ -211,24 +264,23 @@ def kept_by(node: Node) -> Iterator[Tensor]:
                 yield tensor
 
 
-def activation_numel(model: Model) -> int:
+def activation_numel(model: Model, activation: Row) -> int:
     """The elements that all activations of a model compute."""
     numels = []
 
     def count(x: Tensor) -> Tensor:
-        numels.append(x.numel())
-        return x
+        y = torch.cat([x] * FACTS[activation.name].widens, 1)
+        numels.append(y.numel())
+        return y
 
-    model.build(lambda: Call(count))(torch.zeros(model.shape))
+    model.module(lambda: Call(count), activation)(torch.zeros(model.shape))
     return sum(numels)
 
 
 class Run:
     """A contender's activation in a model, ready to run."""
 
-    def __init__(
-        self, contender: Contender, activation: Elementwise, dtype: torch.dtype, model: Model
-    ):
+    def __init__(self, contender: Contender, activation: Row, dtype: torch.dtype, model: Model):
         self.contender = contender
         provider = contender.provider
         torch.manual_seed(0)
@@ -237,12 +289,15 @@ class Run:
         layout = torch.channels_last if x.dim() == 4 else torch.contiguous_format
         self.x = x.to(memory_format=layout).requires_grad_(not model.is_network)
         function = provider.function(activation, contender.inplace)
-        module = model.build(lambda: Call(function)).to(DEVICE, dtype, memory_format=layout)
+        module = model.module(
+            lambda: Call(function, *providers.weights(activation)), activation
+        ).to(DEVICE, dtype, memory_format=layout)
         self.parameters = [*module.parameters(), *([] if model.is_network else [self.x])]
         self.not_counted = [*module.parameters(), *module.buffers()]
         if model is not MODELS["alone"]:  # there compiled code drops the clone and saves x instead
             self.not_counted.append(self.x)
         wrap, self.block = METHODS[contender.method]
+        self.eager = module
         self.module = provider.prepare(wrap(module))
         # Compiles what is to be compiled, and lets libraries take their workspaces.
         self.grad_output = torch.ones_like(self.forward())
@@ -252,19 +307,28 @@ class Run:
         with self.contender.provider.selected(), self.block():
             return self.module(self.x)
 
+    def calls(self) -> contextlib.AbstractContextManager[set[Node]]:
+        """`nodes_of_calls`, but for compiled code, which would be compiled again."""
+        if self.contender.provider.compiles:
+            return contextlib.nullcontext(set())
+        return nodes_of_calls(self.eager)
+
     def step(self) -> None:
         torch.autograd.grad(self.forward(), self.parameters, self.grad_output)
 
     def bytes(self) -> dict[str, int]:
         found = {}
-        with allocated(found):
-            output = self.forward()
         if self.contender.method == "checkpoint":
+            with allocated(found):
+                output = self.forward()
             figures = {"saved_bytes": found["held"] - output.untyped_storage().nbytes()}
         else:
+            with self.calls() as nodes:
+                output = self.forward()
             addresses = {tensor.untyped_storage().data_ptr() for tensor in self.not_counted}
-            figures = saved_by(output, addresses)
+            figures = saved_by(output, addresses, nodes)
             figures["saved_bytes"] = sum(figures.values())
+            nodes.clear()
         del output
         if ON_GPU:
             with allocated(found):
@@ -273,12 +337,10 @@ class Run:
         return figures
 
 
-def rows_of(
-    activation: Elementwise, dtype: str, name: str, contenders: list[Contender]
-) -> list[dict]:
+def rows_of(activation: Row, dtype: str, name: str, contenders: list[Contender]) -> list[dict]:
     """The rows of one model: bytes for each element that an activation computes, and times."""
     model = MODELS[name]
-    numel = activation_numel(model)
+    numel = activation_numel(model, activation)
     rows, runs = {}, {}
     for contender in contenders:
         rows[contender] = {
@@ -307,7 +369,13 @@ def rows_of(
 
 
 def measure_all(arguments: argparse.Namespace, compared: list[Provider]) -> Iterator[dict]:
-    cases = list(itertools.product(arguments.activations, arguments.dtypes, MODELS))
+    cases = [
+        (activation, dtype, name)
+        for activation, dtype, name in itertools.product(
+            arguments.activations, arguments.dtypes, MODELS
+        )
+        if MODELS[name].can_have(activation)
+    ]
     for activation, dtype, name in environment.progress(cases, len(cases)):
         contenders = [
             contender

@@ -203,12 +203,12 @@ def swiglu_mlp(activation: Callable[[], nn.Module]) -> nn.Sequential:
     return nn.Sequential(*(SwiGLU(64, activation) for _ in range(3)))
 
 
-def stack(activation: Callable[[], nn.Module], norm: bool) -> nn.Sequential:
+def stack(activation: Callable[[], nn.Module], widens: int = 1, *, norm: bool) -> nn.Sequential:
     """Six convolutions with an activation each, with or without a norm in between."""
-    blocks, channels = [], 1
+    blocks, channels, filters = [], 1, 16 // widens
     for _ in range(6):
-        layers = [nn.Conv2d(channels, 16, 3, padding=1, bias=not norm)]
-        layers += [nn.BatchNorm2d(16), activation()] if norm else [activation()]
+        layers = [nn.Conv2d(channels, filters, 3, padding=1, bias=not norm)]
+        layers += [nn.BatchNorm2d(filters), activation()] if norm else [activation()]
         blocks.append(nn.Sequential(*layers))
         channels = 16
     return nn.Sequential(*blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten())
