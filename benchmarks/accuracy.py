@@ -13,7 +13,11 @@ values are float64; see tests/shared/facts.py.
 - The negative tail counts by itself: what torch loses there would swamp the rest. So does the
   neighbourhood of a derivative's zero, where the absolute error is what says something.
 - Derivatives are gradients for a grad_output of 1. At its kinks, 0 and 6, the derivative of ReLU6
-  counts as 0, which is what torch makes it.
+  counts as 0, which is what torch makes it; so does that of CReLU at 0. CReLU is judged in both
+  halves of its output, the second of which is the forward of -x, and in one derivative of both.
+- PReLU and the learnable Swish have the weight that their modules begin with, 0.25 and 1, in the
+  dtype of x. weight_derivative is the gradient of the weight. Each input has a weight of its own,
+  so none of these gradients is a sum.
 - Triton's interpreter stands in for a GPU where there is none. It takes exact functions for the
   approximate instructions; it truncates to bf16 instead of rounding, and garbles its subnormals.
 """
@@ -33,11 +37,10 @@ from torch import Tensor
 from benchmarks import environment, options, providers
 from benchmarks.providers import DEVICE, DTYPES, Provider
 from fused_act.backends.triton import INTERPRET
-from fused_act.families.elementwise import Elementwise
+from fused_act.families.base import Row
 from tests.shared import ulp
-from tests.shared.facts import FACTS
+from tests.shared.facts import FACTS, Facts
 
-KINDS = ("forward", "derivative")
 ROOT = (-1.7, -0.8)  # the derivatives of mish and of swish have their zeros in the middle
 TAIL = -87.0  # below, e^x is less than the normal numbers of fp32 and bf16
 PART = 2**22  # inputs that are judged at once
@@ -65,23 +68,60 @@ def inputs(dtype: torch.dtype, mantissas: int) -> Iterator[Tensor]:
         yield from stratified_fp32(mantissas)
 
 
-def value_and_derivative(
-    provider: Provider, function: Callable[[Tensor], Tensor], x: Tensor
+def evaluate(
+    provider: Provider, activation: Row, function: Callable[..., Tensor], x: Tensor
 ) -> dict[str, Tensor]:
-    x = x.detach().requires_grad_()
+    """The forward of a vector `x`, and the gradients for a grad_output of 1, by kind.
+
+    With a weight for each element `x` is a batch of one, with as many channels. So it is for a
+    mirrored activation, whose forward is that of `x` and then that of `-x`.
+    """
+    batch = x if activation.family == "elementwise" else x.unsqueeze(0)
+    options = {"dtype": x.dtype, "device": x.device}
+    weights = providers.weights(activation, x.numel(), **options)
+    leaves = [each.detach().requires_grad_() for each in (batch, *weights)]
     with provider.selected():
-        y = function(x)
-        (derivative,) = torch.autograd.grad(y, x, torch.ones_like(y))
-    return {"forward": y.detach(), "derivative": derivative}
+        y = function(*leaves)
+        gradients = torch.autograd.grad(y, leaves, torch.ones_like(y))
+    results = {"forward": y.detach(), **dict(zip(("derivative", "weight_derivative"), gradients))}
+    return {kind: result.flatten() for kind, result in results.items()}
 
 
-def regions(kind: str, x: Tensor, exact: Tensor) -> dict[str, Tensor]:
+def true_values(activation: Row, kind: str, x: Tensor, y: Tensor) -> Tensor:
+    """What `evaluate` should give, in float64, of the inputs that are `inputs_of` this kind.
+
+    Args:
+        y: the forward of who is judged: of one that saves it, the derivative is that of this.
+    """
+    facts, wide = FACTS[activation.name], x.double()
+    options = {"dtype": torch.float64, "device": x.device}
+    if activation.family == "elementwise":
+        # fp32, which is what kernels and torch take parameters for.
+        arguments = torch.tensor(providers.parameters(activation)).double().tolist()
+    else:  # the parameter of a mirrored one is a dimension
+        arguments = providers.weights(activation, **options)
+    if of_output(activation, kind):
+        return facts.derivative_from_output(y.double(), *arguments)
+    return getattr(facts, kind)(wide, *arguments)
+
+
+def of_output(activation: Row, kind: str) -> bool:
+    """Whether the true value depends on the output that was saved, so that each has its own."""
+    return kind == "derivative" and activation.Function.saves == "y"
+
+
+def inputs_of(activation: Row, kind: str, x: Tensor) -> Tensor:
+    """What each element of a result of `x` is computed of: a mirrored output has two for one."""
+    return torch.cat([x, -x]) if activation.family == "mirrored" and kind == "forward" else x
+
+
+def regions(facts: Facts, kind: str, x: Tensor, exact: Tensor) -> dict[str, Tensor]:
     """Where `x` is in each region, by name; regions without an input are left out."""
     tail = x < TAIL
     normal = exact.abs() >= torch.finfo(x.dtype).tiny
-    near_root = (x > ROOT[0]) & (x < ROOT[1])
-    if kind == "forward" or not (exact[near_root] < 0).any():
-        near_root = torch.zeros_like(tail)
+    near_root = torch.zeros_like(tail)
+    if kind == "derivative" and facts.root is not None:
+        near_root = (x > ROOT[0]) & (x < ROOT[1])
     found = {
         f"x >= {TAIL:g}": ~tail & ~near_root,
         "around the zero": near_root,
@@ -120,11 +160,9 @@ class Errors:
 
 
 def measure(
-    compared: list[Provider], activation: Elementwise, dtype: str, mantissas: int
+    compared: list[Provider], activation: Row, dtype: str, mantissas: int
 ) -> Iterator[dict]:
     """One row for each provider, kind and region."""
-    # fp32, which is what kernels and torch take parameters for.
-    parameters = torch.tensor(providers.parameters(activation)).double().tolist()
     facts = FACTS[activation.name]
     torch.compiler.reset()
     torch.manual_seed(0)
@@ -137,24 +175,22 @@ def measure(
     errors = {}
     for part in inputs(DTYPES[dtype], mantissas):
         x = part.to(DEVICE)
-        exact = {"forward": facts.forward(x.double(), *parameters)}
-        if activation.saves != "y":
-            exact["derivative"] = facts.derivative(x.double(), *parameters)
+        exact = {}
         for provider, function in functions.items():
             if provider in errors:
                 continue
             try:
-                results = value_and_derivative(provider, function, x)
+                results = evaluate(provider, activation, function, x)
             except Exception as error:
                 errors[provider] = providers.error_text(error)
                 continue
-            if activation.saves == "y":  # each has its own
-                y = results["forward"].double()
-                exact["derivative"] = facts.derivative_from_output(y, *parameters)
-            for kind in KINDS:
-                for region, inside in regions(kind, x, exact[kind]).items():
+            for kind, result in results.items():
+                at = inputs_of(activation, kind, x)
+                if kind not in exact or of_output(activation, kind):
+                    exact[kind] = true_values(activation, kind, at, results["forward"])
+                for region, inside in regions(facts, kind, at, exact[kind]).items():
                     found[provider][kind, region].add(
-                        results[kind][inside], exact[kind][inside], x[inside]
+                        result[inside], exact[kind][inside], at[inside]
                     )
     for provider in functions:
         row = {"provider": provider.name, "activation": activation.name, "dtype": dtype}
@@ -171,7 +207,8 @@ def print_results(rows: list[dict]) -> None:
     cases, lines, exact = {}, [], []
     for row in rows:
         if not row["error"]:
-            case = f"{row['activation']} {row['kind']} {row['dtype']}, {row['region']}"
+            kind = row["kind"].replace("_", " ")
+            case = f"{row['activation']} {kind} {row['dtype']}, {row['region']}"
             cases.setdefault(case, []).append(row)
     for case, found in cases.items():
         if not any(row["not_correctly_rounded"] for row in found):
