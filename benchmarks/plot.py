@@ -49,6 +49,7 @@ METHODS = {
     "checkpoint": ("aten", "checkpoint", GREY),
 }
 DIRECTIONS = ("forward", "backward")
+MOST_COLUMNS = 3  # of panels, beside each other
 
 
 class NothingToDraw(Exception):
@@ -190,6 +191,8 @@ def draw_groups(
     """
     height = 0.85 / len(bars)
     for index, (label, color, values) in enumerate(bars):
+        if not values:
+            continue  # the legend would give it another colour
         offset = (index - (len(bars) - 1) / 2) * height
         positions = [groups.index(group) + offset for group in values]
         found = axes.barh(positions, list(values.values()), height, color=color, label=label)
@@ -231,20 +234,34 @@ def memory(rows: list[dict]) -> Figure:
     rows = select(rows, dtype=rows[0]["dtype"])
     for row in rows:
         row["group"] = row["case"] + ("\nin place" if row["inplace"] == "True" else "")
-    activations, groups, names = distinct(rows, "activation"), distinct(rows, "group"), known(rows)
+    activations, names = distinct(rows, "activation"), known(rows)
+    columns = min(len(activations), MOST_COLUMNS)
+    lines = [activations[at : at + columns] for at in range(0, len(activations), columns)]
+    groups = [
+        distinct((row for row in rows if row["activation"] in line), "group") for line in lines
+    ]
     title = f"Bytes saved for backward, for each element of {rows[0]['dtype']}"
-    figure = new_figure(rows, title, 1.2 + 0.15 * len(groups) * (len(names) + 1))
-    panels = figure.subplots(1, len(activations), sharex=True, sharey=True, squeeze=False)[0]
-    for activation, axes in zip(activations, panels):
+    height = sum(0.5 + 0.14 * len(each) * (len(names) + 1) for each in groups)
+    figure = new_figure(rows, title, 1.0 + height)
+    sizes = [len(each) for each in groups]  # an activation that is never in place takes less
+    panels = figure.subplots(
+        len(lines), columns, sharex=True, sharey="row", squeeze=False, height_ratios=sizes
+    )
+    for index, (activation, axes) in enumerate(zip(activations, panels.flat)):
         bars = []
         for provider in names:
             found = select(rows, activation=activation, provider=provider)
             values = {row["group"]: float(row["saved_bytes"]) for row in found}
             bars.append((provider, STYLES[provider]["color"], values))
-        draw_groups(axes, groups, bars, "%.3g")
+        draw_groups(axes, groups[index // columns], bars, "%.4g")
         axes.set_title(activation)
+    for first in panels[:, 0]:
+        first.invert_yaxis()
+    for axes in panels.flat[len(activations) :]:
+        axes.remove()
+    for axes in panels.flat[len(activations) - columns : len(activations)]:
         axes.set_xlabel("bytes")
-    panels[0].invert_yaxis()
+        axes.tick_params(labelbottom=True)
     add_legend(figure)
     return figure
 

@@ -136,3 +136,34 @@ def test_crelu_is_measured_where_it_fits(monkeypatch):
     )
     rows = list(memory.measure_all(arguments, [provider_called("aten")]))
     assert [(row["case"], row["error"]) for row in rows] == [("alone", ""), ("conv-act-conv", "")]
+
+
+def test_picture_of_all_activations():
+    plot = pytest.importorskip("benchmarks.plot", reason="needs matplotlib")
+    names = [activation.name for activation in providers.DEFAULT[:4]]
+    common = {"dtype": "bf16", "method": "", "gpu": "H200", "torch": "2", "commit": "c"}
+    rows = [
+        common | {"activation": name, "provider": provider, "case": case, "saved_bytes": "2.125"}
+        for name in names
+        for provider in ("aten", "naive")
+        for case in ("alone", "conv-act-conv")
+        if (name, provider) != ("prelu", "naive")
+    ]
+    rows = [row | {"inplace": "False"} for row in rows]
+    rows += [row | {"inplace": "True"} for row in rows if row["activation"] == "relu6"]
+    figure = plot.memory(rows)
+    assert [axes.get_title() for axes in figure.axes] == names
+    # Three beside each other, which share the groups; what is never in place has fewer.
+    lefts = [axes.get_subplotspec().colspan.start for axes in figure.axes]
+    groups = [len(axes.get_yticks()) for axes in figure.axes]
+    assert (lefts, groups) == ([0, 1, 2, 0], [4, 4, 4, 2])
+    assert {text.get_text() for axes in figure.axes for text in axes.texts} == {"2.125"}
+    assert [axes.get_xlabel() for axes in figure.axes] == ["", "bytes", "bytes", "bytes"]
+    # The last panel has no bar of this colour.
+    (legend,) = figure.legends
+    colors = {
+        text.get_text(): patch.get_facecolor()
+        for text, patch in zip(legend.texts, legend.legend_handles)
+    }
+    bars = {bar.get_facecolor() for axes in figure.axes for bar in axes.patches}
+    assert set(colors.values()) == bars
