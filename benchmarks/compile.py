@@ -28,8 +28,8 @@ from torch import Tensor, nn
 
 import fused_act
 from benchmarks import environment, options, providers, timing
-from benchmarks.networks import digits_network
 from benchmarks.providers import DEVICE, DTYPES
+from benchmarks.small_networks import digits_network
 from fused_act.activations.swish import torch_forward as definition_of_swish
 
 FUNCTIONS = {

@@ -32,8 +32,8 @@ from tqdm import tqdm
 import fused_act
 from benchmarks import environment, options, pictures
 from benchmarks.digits import BATCH_SIZE, Digits, Training, saved_megabytes
-from benchmarks.networks import digits_network
 from benchmarks.pictures import BLUE, GREEN, VERMILLION
+from benchmarks.small_networks import digits_network
 from fused_act import dispatch
 from fused_act.backends.triton import INTERPRET
 from tests.shared.facts import FACTS

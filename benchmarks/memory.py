@@ -44,7 +44,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
 
 import fused_act
-from benchmarks import environment, networks, options, providers, timing
+from benchmarks import environment, options, providers, small_networks, timing
 from benchmarks.providers import DEVICE, DTYPES, Provider
 from fused_act.backends.triton import INTERPRET
 from fused_act.families.base import Row
@@ -114,12 +114,12 @@ class Model:
 MODELS = {
     "alone": Model(Alone, SHAPE, is_network=False),
     "conv-act-conv": Model(conv_act_conv, SHAPE, is_network=False),
-    "conv-act stack": Model(partial(networks.stack, norm=False), IMAGES),
-    "conv-norm-act stack": Model(partial(networks.stack, norm=True), IMAGES),
-    "mobilenet_v2": Model(networks.digits_network, IMAGES),
-    "csp": Model(networks.csp_network, IMAGES, can_widen=False),
-    "efficientnet": Model(networks.efficientnet, IMAGES, can_widen=False),
-    "swiglu": Model(networks.swiglu_mlp, TOKENS, can_widen=False),
+    "conv-act stack": Model(partial(small_networks.stack, norm=False), IMAGES),
+    "conv-norm-act stack": Model(partial(small_networks.stack, norm=True), IMAGES),
+    "mobilenet_v2": Model(small_networks.digits_network, IMAGES),
+    "csp": Model(small_networks.csp_network, IMAGES, can_widen=False),
+    "efficientnet": Model(small_networks.efficientnet, IMAGES, can_widen=False),
+    "swiglu": Model(small_networks.swiglu_mlp, TOKENS, can_widen=False),
 }
 
 

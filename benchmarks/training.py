@@ -27,7 +27,7 @@ from matplotlib.ticker import MaxNLocator
 
 from benchmarks import environment, options, pictures
 from benchmarks.digits import BATCH_SIZE, Digits, Training, saved_megabytes
-from benchmarks.networks import digits_network
+from benchmarks.small_networks import digits_network
 from tests.shared.facts import ALL, Facts
 
 QUESTION = ("Mish", "ReLU6")  # the first instead of the second

@@ -18,7 +18,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import fused_act
-from benchmarks.networks import csp_network, digits_network, stack
+from benchmarks.small_networks import csp_network, digits_network, stack
 from fused_act import host, packing, rematerialization
 from fused_act.rematerialization import same_bits, way
 from tests.shared import compiling
