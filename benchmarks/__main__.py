@@ -22,6 +22,7 @@ from benchmarks import environment
 # `main(arguments)` runs it and returns the rows that it wrote.
 COMMANDS = {
     "speed": "how long it takes, and how close that is to a copy of the same bytes",
+    "networks": "how long whole networks take, and how much memory, in training and inference",
     "memory": "what is saved for backward, and what saving less takes",
     "accuracy": "how far results are from the true value, in ULP",
     "compile": "how long compiled code takes, beside the same code with torch's own op",

@@ -1,0 +1,521 @@
+"""How long whole networks take in training and inference, and how much memory, with fused_act.
+
+    python -m benchmarks networks [--quick] [--compiled] [--networks NAME ...] [--modes NAME ...]
+
+All modes of a network begin with the same weights and see the same batch. They take turns step by
+step, each round in another order, so that heat, clocks and other users meet all of them alike.
+
+- torch: torch's own modules. fused: the same network after `replace_activations`, with the backend
+  that `auto` takes; fused triton: with Triton, where auto takes another on this GPU.
+- fused remat, fused remat norm: `rematerialize()` around forward, without and with `norm`.
+- checkpoint: torch's modules, with `torch.utils.checkpoint` around every block of the network.
+- training is a step: zero_grad, forward, cross-entropy, backward, SGD with momentum. inference is
+  forward alone in `torch.inference_mode`; what saves memory for backward does not take part.
+- On a GPU bf16 autocast and, for images, channels_last; on a CPU fp32, on one thread.
+
+ms is the wall time of a step, median and least of all rounds, the GPU idle before and after. On a
+GPU device_ms is what its kernels take in a step; where that is less than 90 % of ms, the host
+bounds the step. step_gb is the most that is allocated in a step beyond what was before; peak_gb is
+that and what the mode itself holds: parameters, buffers, the state of the optimizer, the batch. GB
+are 2^30 bytes. loss is that of the third step, the same for all modes but for rounding: a mode that
+is further off has an error.
+
+Without a GPU the small networks of benchmarks/small_networks.py run, and the large ones only where
+--networks names them, in small batches. With --compiled, torch and fused are compiled by
+`torch.compile`, and the file is networks_compiled.csv. What does not fit into memory or into the
+time limit gets rows that say so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import copy
+import dataclasses
+import gc
+import itertools
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import fused_act
+from benchmarks import environment, models, options, timing, traces
+from benchmarks.models import NETWORKS, Network
+from benchmarks.providers import DEVICE, error_text
+from benchmarks.speed import OUT_OF_MEMORY, is_out_of_memory
+from fused_act import dispatch
+
+ON_GPU = DEVICE.type == "cuda"
+TRAINING, INFERENCE = "training", "inference"
+GIB = 2**30
+WARM_UP = 3  # steps of each mode; the loss of the last one is compared
+TRACED = 2  # steps of each mode whose kernels are added up
+OF_TORCHS = 0.05  # how far, as a share, a loss may be from torch's
+LATE = "over the time limit"
+
+
+@dataclasses.dataclass(frozen=True)
+class Mode:
+    """A way to train a network, or to run it.
+
+    Args:
+        is_ours: torch's activations are replaced.
+        backend: what `fused_act.use_backend` is to select.
+        block: what forward runs in.
+        checkpoints: every block of the network runs in a checkpoint.
+        infers: it takes part in inference, too.
+        compiles: it takes part where the networks are compiled.
+    """
+
+    is_ours: bool = False
+    backend: str = "auto"
+    block: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext
+    checkpoints: bool = False
+    infers: bool = False
+    compiles: bool = False
+
+    def unavailable(self) -> str | None:
+        """Why there is nothing to measure here, or None if there is."""
+        if self.backend == "auto":
+            return None
+        if not ON_GPU:
+            return "no GPU is here"
+        reason = dispatch.BACKENDS[self.backend].unavailable()
+        if reason is None and dispatch.automatic().name == self.backend:
+            return "it is the backend that auto takes"
+        return reason
+
+    def takes_part(self, direction: str, is_compiled: bool) -> bool:
+        return (self.infers or direction == TRAINING) and (self.compiles or not is_compiled)
+
+    def backend_taken(self, is_compiled: bool) -> str:
+        """The backend that computes the activations, "" for torch's own modules."""
+        if not self.is_ours:
+            return ""
+        if is_compiled:
+            return "inductor"
+        if self.backend != "auto":
+            return self.backend
+        return dispatch.automatic().name if ON_GPU else "torch"
+
+
+MODES = {
+    "torch": Mode(infers=True, compiles=True),
+    "fused": Mode(is_ours=True, infers=True, compiles=True),
+    "fused triton": Mode(is_ours=True, backend="triton", infers=True),
+    "fused remat": Mode(is_ours=True, block=fused_act.rematerialize),
+    "fused remat norm": Mode(is_ours=True, block=partial(fused_act.rematerialize, norm=True)),
+    "checkpoint": Mode(checkpoints=True),
+}
+
+
+def checkpoint_blocks(module: nn.Module, block: str) -> int:
+    """Run each module in `module` of the class that is called `block` in a checkpoint.
+
+    Returns:
+        How many there are; what is within one of them does not count.
+    """
+    count = 0
+    for child in module.children():
+        if type(child).__name__ == block:
+            child.forward = partial(checkpoint, child.forward, use_reentrant=False)
+            count += 1
+        else:
+            count += checkpoint_blocks(child, block)
+    return count
+
+
+class Case(NamedTuple):
+    """What all modes that take turns have in common."""
+
+    name: str
+    direction: str
+    is_compiled: bool
+
+    @property
+    def network(self) -> Network:
+        return NETWORKS[self.name]
+
+
+class Copy:
+    """A copy of a network in one mode, ready for steps."""
+
+    def __init__(self, case: Case, mode: Mode, module: nn.Module, batch: tuple[Tensor, Tensor]):
+        self.mode, self.batch, self.steps = mode, batch, 0
+        self.module = copy.deepcopy(module).train(case.direction == TRAINING)
+        found = []
+        if mode.is_ours:
+            fused_act.replace_activations(self.module, report=found.append)
+        self.replaced = sum(each.fused is not None for each in found)
+        if mode.checkpoints and not checkpoint_blocks(self.module, case.network.block):
+            raise ValueError(f"{case.name} has no block of a class {case.network.block}")
+        self.optimizer = torch.optim.SGD(self.module.parameters(), lr=0.01, momentum=0.9)
+        self.run = torch.compile(self.module, dynamic=False) if case.is_compiled else self.module
+        self.go = self.train if case.direction == TRAINING else self.infer
+
+    def forward(self) -> Tensor:
+        """The loss of the batch."""
+        inputs, targets = self.batch
+        with torch.autocast(DEVICE.type, torch.bfloat16, enabled=ON_GPU):
+            with self.mode.block():
+                outputs = self.run(inputs)
+            return F.cross_entropy(outputs.flatten(0, -2), targets.flatten())
+
+    def train(self) -> Tensor:
+        self.optimizer.zero_grad(set_to_none=True)
+        loss = self.forward()
+        loss.backward()
+        self.optimizer.step()
+        return loss.detach()
+
+    @torch.inference_mode()
+    def infer(self) -> Tensor:
+        return self.forward()
+
+    def step(self) -> tuple[float, float]:
+        """Take one step, and return its seconds and its loss."""
+        torch.manual_seed(self.steps)  # dropout drops the same in all modes
+        self.steps += 1
+        with fused_act.use_backend(self.mode.backend):
+            traces.synchronize()
+            start = time.perf_counter()
+            loss = self.go()
+            traces.synchronize()
+            return time.perf_counter() - start, loss.item()
+
+    def step_bytes(self) -> int:
+        """The most that is allocated in a step, which begins without gradients."""
+        self.optimizer.zero_grad(set_to_none=True)
+        return traces.most_allocated(self.step)
+
+    def held_bytes(self) -> int:
+        """What is there between two steps, without gradients; each storage once."""
+        state = (value for each in self.optimizer.state.values() for value in each.values())
+        tensors = (*self.module.parameters(), *self.module.buffers(), *self.batch, *state)
+        storages = (each.untyped_storage() for each in tensors if isinstance(each, Tensor))
+        return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+    def device_ms(self) -> float | None:
+        """What the GPU works in a step, or None where nobody knows."""
+        return traces.device_ms(self.step, TRACED) if ON_GPU else None
+
+
+class Run:
+    """One who takes turns: what was measured of a mode, or why it was not.
+
+    What fails, or does not fit into memory, frees its copy and lets the others go on.
+    """
+
+    def __init__(self, name: str, skipped: str = ""):
+        self.name, self.mode = name, MODES[name]
+        self.copy: Copy | None = None
+        self.samples: list[float] = []  # in ms
+        self.figures: dict[str, object] = {}
+        self.loss: float | None = None
+        self.skipped, self.error = skipped, ""
+
+    def attempt(self, action: Callable[[], None]) -> None:
+        if self.skipped or self.error:
+            return
+        try:
+            action()
+            return
+        except Exception as error:
+            self.copy, self.samples, self.figures, self.loss = None, [], {}, None
+            if is_out_of_memory(error):
+                self.skipped = OUT_OF_MEMORY
+            else:
+                self.error = error_text(error)
+        free_memory()  # now that no frame of the error holds tensors any more
+
+    def prepare(self, case: Case, module: nn.Module, batch: tuple[Tensor, Tensor]) -> None:
+        """Compiles, lets libraries take their workspaces, and measures memory."""
+        self.copy = Copy(case, self.mode, module, batch)
+        for _ in range(WARM_UP):
+            _, self.loss = self.copy.step()
+        step, held = self.copy.step_bytes(), self.copy.held_bytes()
+        self.figures = {"peak_gb": (held + step) / GIB, "step_gb": step / GIB}
+
+    def take_turn(self) -> None:
+        self.attempt(lambda: self.samples.append(1000 * self.copy.step()[0]))
+
+    def trace(self) -> None:
+        if (found := self.copy.device_ms()) is not None:
+            median = statistics.median(self.samples)
+            self.figures |= {"device_ms": found, "bound": bound(found, median)}
+
+    def compare_loss(self, of_torch: float) -> None:
+        if differs(self.loss, of_torch):
+            self.error = f"the loss is {self.loss:.5g}, torch's {of_torch:.5g}"
+
+    def row(self, case: Case) -> dict:
+        """Empty where nothing was measured."""
+        network, samples = case.network, self.samples
+        quantiles = torch.tensor(samples).quantile(torch.tensor([0.5, 0.2, 0.8])).tolist()
+        median, q20, q80 = quantiles if samples else ("", "", "")
+        return {
+            "net": case.name,
+            "batch": network.shape()[0],
+            "direction": case.direction,
+            "mode": self.name,
+            "backend": self.mode.backend_taken(case.is_compiled),
+            "replaced": self.copy.replaced if self.copy else "",
+            "ms": median,
+            "min": min(samples, default=""),
+            "q20": q20,
+            "q80": q80,
+            "samples": len(samples),
+            **dict.fromkeys(("device_ms", "bound", "peak_gb", "step_gb"), ""),
+            **self.figures,
+            "per_second": 1000 * network.units() / median if samples else "",
+            "unit": network.unit(),
+            "loss": "" if self.loss is None else self.loss,
+            "dtype": "bf16" if ON_GPU else "fp32",
+            "skipped": self.skipped,
+            "error": self.error,
+        }
+
+
+def bound(device_ms: float, ms: float) -> str:
+    """What a step of `ms` waits for: the host, if the GPU is idle for a tenth of it or more."""
+    return "host" if device_ms < 0.9 * ms else "device"
+
+
+def differs(loss: float, of_torch: float) -> bool:
+    """Whether a loss is off by more than rounding explains; one that is no number is."""
+    return not abs(loss - of_torch) <= OF_TORCHS * abs(of_torch)
+
+
+def free_memory() -> None:
+    gc.collect()
+    if ON_GPU:
+        torch.cuda.empty_cache()
+
+
+def measure(case: Case, names: Sequence[str], rounds: int, skipped: str = "") -> list[dict]:
+    """One row for each mode.
+
+    Args:
+        skipped: why nothing is to be measured, if so.
+    """
+    runs = [Run(name, skipped) for name in names]
+    if not skipped:
+        measure_in_turn(runs, case, rounds)
+    rows = [run.row(case) for run in runs]
+    del runs
+    free_memory()
+    return rows
+
+
+def measure_in_turn(runs: list[Run], case: Case, rounds: int) -> None:
+    if case.is_compiled:
+        torch.compiler.reset()  # compiled code shares one cache, which after 8 entries is not used
+    made = []
+    for run in runs:  # all fail where the network cannot be made
+        run.attempt(lambda: made or made.extend((case.network.made(), case.network.batch())))
+    for run in runs:
+        run.attempt(lambda run=run: run.prepare(case, *made))
+    made.clear()
+    timing.in_rounds([run.take_turn for run in runs], rounds)
+    # Last, as the profiler may leave something behind that slows the host.
+    for run in runs:
+        run.attempt(run.trace)
+    of_torch = next((run.loss for run in runs if run.name == "torch" and run.copy), None)
+    for run in runs:
+        if of_torch is not None:
+            run.attempt(partial(run.compare_loss, of_torch))
+
+
+def measure_all(
+    names: Sequence[str], modes: Sequence[str], is_compiled: bool, rounds: int, time_limit: float
+) -> Iterator[dict]:
+    """Training of all networks, then inference."""
+    deadline = time.monotonic() + time_limit
+    cases = list(itertools.product((TRAINING, INFERENCE), names))
+    for direction, name in environment.progress(cases, len(cases)):
+        taking_part = [mode for mode in modes if MODES[mode].takes_part(direction, is_compiled)]
+        skipped = LATE if time.monotonic() > deadline else ""
+        rows = measure(Case(name, direction, is_compiled), taking_part, rounds, skipped)
+        clocks = environment.clocks()
+        yield from (row | clocks for row in rows)
+
+
+# The first results: fewer columns, and names that have changed.
+OLDER_NAMES = {
+    "mobilenet_v2 relu6 bs8": "mobilenet_v2 bs8",
+    "fused notinplace+remat": "fused remat",
+    "fused notinplace+remat norm": "fused remat norm",
+}
+
+
+def of_today(row: dict[str, str]) -> dict[str, str]:
+    """A row of a networks.csv of any age, as it would be written today."""
+    return row | {
+        "net": OLDER_NAMES.get(row["net"], row["net"]),
+        "direction": row.get("direction") or TRAINING,
+        "mode": OLDER_NAMES.get(row["mode"], row["mode"]),
+        "step_gb": row.get("step_gb") or row.get("step_gib", ""),
+    }
+
+
+def read(path: Path) -> list[dict[str, str]]:
+    return [of_today(row) for row in environment.read_csv(path)]
+
+
+class BesideTorch(NamedTuple):
+    """What a mode takes as a share of what torch's own modules do; nan where nobody knows."""
+
+    time: float
+    memory: float
+    least: float
+
+
+def beside_torch(rows: Sequence[dict]) -> dict[tuple[str, str, str], BesideTorch]:
+    """By network, direction and mode: all that were timed, where torch's modules were."""
+    found = {
+        (row["net"], row["direction"], row["mode"]): [
+            float(math.nan if row[column] == "" else row[column])
+            for column in ("ms", "step_gb", "min")
+        ]
+        for row in rows
+        if row["ms"] != ""
+    }
+    return {
+        key: BesideTorch(*(ours / theirs for ours, theirs in zip(numbers, found[base])))
+        for key, numbers in found.items()
+        if (base := (*key[:2], "torch")) in found
+    }
+
+
+def cell(number: object, digits: str) -> str:
+    return "" if number == "" or math.isnan(number) else f"{number:{digits}}"
+
+
+def print_results(rows: list[dict]) -> None:
+    """Each mode below the others of its network, losses like gains."""
+    ratios, lines, last = beside_torch(rows), [], None
+    for row in rows:
+        key = row["net"], row["direction"], row["mode"]
+        of_torchs = ratios.get(key, BesideTorch(math.nan, math.nan, math.nan))
+        if row["ms"] != "":
+            network = f"{row['net']}, {row['direction']}, {row['batch']}"
+            lines.append(
+                (
+                    network if key[:2] != last else "",
+                    " ".join(filter(None, (row["mode"], row["backend"] and f"({row['backend']})"))),
+                    *(cell(row["ms"], ".2f"), cell(of_torchs.time, ".2f")),
+                    *(cell(row["min"], ".2f"), cell(of_torchs.least, ".2f")),
+                    *(cell(row["device_ms"], ".2f"), row["bound"]),
+                    *(cell(row["step_gb"], ".4f"), cell(of_torchs.memory, ".2f")),
+                    f"{cell(row['per_second'], ',.0f')} {row['unit']}",
+                    str(row["replaced"]),
+                )
+            )
+            last = key[:2]
+    print("\nA step, and beside torch's own modules (above 1: slower, or larger)\n")
+    header = ("network, batch", "mode", "ms", "of torch's", "least", "of torch's", "device ms")
+    header += ("bound", "step, GiB", "of torch's", "a second", "replaced")
+    print(environment.table(header, lines))
+    for row in rows:
+        if reason := row["error"] or row["skipped"]:
+            what = "failed" if row["error"] else "skipped"
+            print(f"{row['net']}, {row['direction']}, {row['mode']}: {what}: {reason}")
+
+
+def name_in(choices: dict[str, object], name: str) -> str:
+    options.one_of(choices, name)
+    return name
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    options.add_results(parser)
+    parser.add_argument("--quick", action="store_true", help="the small networks, few rounds")
+    parser.add_argument("--compiled", action="store_true", help="compiled; takes minutes")
+    parser.add_argument(
+        "--networks",
+        type=partial(name_in, NETWORKS),
+        nargs="+",
+        metavar="NAME",
+        help=f"of {', '.join(map(repr, NETWORKS))}; default: all, on a CPU the small ones",
+    )
+    parser.add_argument(
+        "--modes",
+        type=partial(name_in, MODES),
+        nargs="+",
+        metavar="NAME",
+        help=f"of {', '.join(map(repr, MODES))}; default: all",
+    )
+    parser.add_argument(
+        "--rounds",
+        type=options.count,
+        metavar="N",
+        help="steps of each mode that are timed; default: 24, on a CPU 9, with --quick 5",
+    )
+    parser.add_argument(
+        "--time-limit",
+        type=float,
+        metavar="SECONDS",
+        help="start no further network after so long; default: 80 on a GPU, with --compiled 240",
+    )
+
+
+def chosen_networks(arguments: argparse.Namespace) -> list[str]:
+    """Those that were asked for and can be built; says why the others cannot."""
+    default = models.QUICK if arguments.quick else models.DEFAULT
+    asked = list(dict.fromkeys(arguments.networks or default))
+    reasons = {name: NETWORKS[name].unavailable() for name in asked}
+    for name, reason in reasons.items():
+        if reason is not None:
+            print(f"without {name}: {reason}")
+    found = [name for name in asked if reasons[name] is None]
+    if not found:
+        environment.refuse(f"none of the networks can run here: {', '.join(asked)}")
+    return found
+
+
+def chosen_modes(arguments: argparse.Namespace) -> list[str]:
+    """Those that were asked for and can run here; says why others that were named cannot."""
+    takes_part = [
+        name for name, mode in MODES.items() if mode.takes_part(TRAINING, arguments.compiled)
+    ]
+    asked = list(dict.fromkeys(arguments.modes or takes_part))
+    if not set(asked) <= set(takes_part):
+        got = ", ".join(name for name in asked if name not in takes_part)
+        environment.refuse(f"--compiled takes the modes {', '.join(takes_part)}, got {got}")
+    reasons = {name: MODES[name].unavailable() for name in asked}
+    for name, reason in reasons.items():
+        if reason is not None:
+            print(f"without {name}: {reason}")
+    found = [name for name in asked if reasons[name] is None]
+    if not found:
+        environment.refuse(f"none of the modes can run here: {', '.join(asked)}")
+    return found
+
+
+def time_limit(arguments: argparse.Namespace) -> float:
+    if arguments.time_limit is not None:
+        return arguments.time_limit
+    return (240.0 if arguments.compiled else 80.0) if ON_GPU else math.inf
+
+
+def main(arguments: argparse.Namespace) -> list[dict]:
+    environment.print_environment()
+    names, modes = chosen_networks(arguments), chosen_modes(arguments)
+    if not ON_GPU:
+        print("NO GPU: no kernel ran; fused computes what torch does, on one CPU thread.")
+        torch.set_num_threads(1)  # several wait for each other on a busy machine
+    rounds = arguments.rounds or (5 if arguments.quick else 24 if ON_GPU else 9)
+    found = measure_all(names, modes, arguments.compiled, rounds, time_limit(arguments))
+    file = "networks_compiled.csv" if arguments.compiled else "networks.csv"
+    rows = environment.write_csv(arguments.results / file, found)
+    print_results(rows)
+    return rows
