@@ -8,7 +8,7 @@
   `benchmarks.speed_results.quotable`.
 - speed_in_graphs.png, from speed.csv: kernels without their launch, on small tensors; and
   small_tensors.png, from kernels_alone.csv, which older results have: the same.
-- networks.png, from networks.csv: time and memory of training steps.
+- networks.png, from networks.csv: time and memory of training steps, beside torch's own modules.
 - memory.png, from memory.csv: what autograd saves for backward;
 - rematerialization.png, from memory.csv: bytes and time of `rematerialize` and of checkpoints.
 """
@@ -26,6 +26,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from benchmarks import environment, options, pictures
+from benchmarks.networks import TRAINING, beside_torch, of_today
 from benchmarks.pictures import BLACK, BLUE, GREEN, GREY, ORANGE, SKY_BLUE, VERMILLION
 from benchmarks.providers import DTYPES
 from benchmarks.speed_results import quotable
@@ -114,13 +115,12 @@ def bare_figure(title: str, height: float) -> Figure:
     return figure
 
 
-def add_legend(figure: Figure) -> None:
+def add_legend(figure: Figure, order: Iterable[str] = (*STYLES, *METHODS)) -> None:
     found = {}
     for axes in figure.axes:
         handles, labels = axes.get_legend_handles_labels()
         found |= zip(labels, handles)
-    labels = [label for label in (*STYLES, *METHODS, *MODES) if label in found]
-    labels = list(dict.fromkeys(labels))
+    labels = [label for label in order if label in found]
     handles = [found[label] for label in labels]
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
 
@@ -345,25 +345,46 @@ def draw_microseconds(figure: Figure, lines: list[tuple[str, str, int, str]]) ->
     return figure
 
 
-MODES = {"torch": VERMILLION, "fused": BLACK, "fused remat": SKY_BLUE}
+# Of networks.csv.
+MODES = {
+    "torch": VERMILLION,
+    "fused": BLACK,
+    "fused triton": GREEN,
+    "fused remat": SKY_BLUE,
+    "fused remat norm": BLUE,
+    "checkpoint": GREY,
+}
 
 
 def networks(rows: list[dict]) -> Figure:
     """Time and memory of a training step, as shares of those with torch's own modules."""
-    nets = distinct(rows, "net")
-    figure = bare_figure("Training steps, eager, as shares of torch's", 1.2 + 0.6 * len(nets))
+    rows = [of_today(row) for row in rows]
+    ratios = {
+        (net, mode): found
+        for (net, direction, mode), found in beside_torch(rows).items()
+        if direction == TRAINING
+    }
+    if not ratios:
+        raise NothingToDraw("it has no training step beside one of torch's")
+    nets = list(dict.fromkeys(net for net, _ in ratios))
+    modes = [mode for mode in MODES if any((net, mode) in ratios for net in nets)]
+    title = "Training steps, eager, as shares of torch's"
+    height = 1.2 + 0.13 * len(nets) * (len(modes) + 1)
+    # The first results do not say where they come from.
+    figure = new_figure(rows, title, height) if "gpu" in rows[0] else bare_figure(title, height)
     panels = figure.subplots(1, 2, sharey=True)
-    for axes, column, what in zip(panels, ("ms", "step_gib"), ("time", "memory of a step")):
-        base = {row["net"]: float(row[column]) for row in select(rows, mode="torch")}
+    for axes, column, what in zip(panels, ("time", "memory"), ("time", "memory of a step")):
         bars = []
-        for mode, color in MODES.items():
-            found = select(rows, mode=mode)
-            of_torchs = {row["net"]: 100 * float(row[column]) / base[row["net"]] for row in found}
-            bars.append((mode, color, of_torchs))
+        for mode in modes:
+            found = {
+                net: getattr(ratios[net, mode], column) for net in nets if (net, mode) in ratios
+            }
+            values = {net: 100 * share for net, share in found.items() if not math.isnan(share)}
+            bars.append((mode, MODES[mode], values))
         draw_groups(axes, nets, bars)
         axes.set_xlabel(f"{what}, % of torch's")
     panels[0].invert_yaxis()
-    add_legend(figure)
+    add_legend(figure, MODES)
     return figure
 
 

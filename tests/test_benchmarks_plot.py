@@ -111,15 +111,43 @@ def test_picture_of_small_tensors():
     assert list(zip(aten.get_xdata(), aten.get_ydata())) == [(2**12, 4)]
 
 
+def widths(axes):
+    return [bar.get_width() for bar in axes.patches]
+
+
 def test_picture_of_networks():
     rows = [
-        {"net": "resnet", "mode": mode, "ms": ms, "step_gib": gib}
+        {"net": "resnet", "mode": mode, "ms": ms, "min": ms, "step_gib": gib}
         for mode, ms, gib in (("torch", "2", "4"), ("fused", "3", "2"), ("fused remat", "4", "1"))
     ]
     time, memory = plot.networks(rows).axes
-    assert [bar.get_width() for bar in time.patches] == [100, 150, 200]
-    assert [bar.get_width() for bar in memory.patches] == [100, 50, 25]
+    assert widths(time) == [100, 150, 200]
+    assert widths(memory) == [100, 50, 25]
     assert [label.get_text() for label in time.get_yticklabels()] == ["resnet"]
+
+
+def test_picture_of_networks_shows_what_was_trained():
+    measured = (
+        ("a", "training", "torch", "2", "4"),
+        ("a", "training", "checkpoint", "3", "1"),
+        ("a", "training", "fused triton", "1", ""),
+        ("a", "training", "fused", "", ""),
+        ("a", "inference", "fused", "9", "9"),
+        ("b", "training", "fused", "3", "3"),
+    )
+    columns = ("net", "direction", "mode", "ms", "step_gb")
+    where = {"min": "1", "gpu": "H200", "torch": "2", "commit": "c"}
+    rows = [dict(zip(columns, row)) | where for row in measured]
+    figure = plot.networks(rows)
+    time, memory = figure.axes
+    assert widths(time) == [100, 50, 150]
+    assert widths(memory) == [100, 25]
+    assert [label.get_text() for label in time.get_yticklabels()] == ["a"]
+    legend = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert legend == ["torch", "fused triton", "checkpoint"]
+    assert "H200, torch 2, commit c" in figure.get_suptitle()
+    with pytest.raises(plot.NothingToDraw):
+        plot.networks(rows[-2:])
 
 
 def memory_row(provider, saved_bytes, inplace=False, case="alone", method="", ms=""):
