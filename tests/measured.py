@@ -11,6 +11,7 @@ import textwrap
 from pathlib import Path
 
 from benchmarks.environment import read_csv
+from benchmarks.networks import TRAINING, BesideTorch, beside_torch, read
 
 H200 = Path(__file__).parent.parent / "benchmarks" / "results" / "nvidia-h200"
 BEFORE = H200 / "91e1619"
@@ -59,8 +60,8 @@ def summary() -> str:
         for (_, _, direction, provider), row in kernels.items()
         if provider in ("cuda", "triton") and direction in DIRECTIONS
     ]
-    lost = [net for (net, mode), (time, *_) in ratios.items() if mode == "fused" and time > 1]
-    medians, least = ([ratios[net, "fused"][i] for net in lost] for i in (0, 2))
+    fused = {net: ratios[net, "fused"] for net in NETWORKS if (net, "fused") in ratios}
+    lost = {net: each for net, each in fused.items() if each.time > 1}
     costs = json.loads((BEFORE / "overhead.json").read_text())
 
     def cost(provider: str) -> str:
@@ -84,8 +85,7 @@ def summary() -> str:
 
     row = kernels["mish", "bf16", "forward", "cuda"]
     machine = f"{row['gpu']} (driver {row['driver']}, torch {row['torch']}, Triton {row['triton']}"
-    time, memory, _ = ratios["mobilenet_v2 relu6", "fused"]
-    *names, last = (NETWORKS[net] for net in NETWORKS if net in lost)
+    mobilenet = fused["mobilenet_v2 relu6"]
     paragraphs = (
         f"**Why.** Mish in PyTorch takes {count('aten')} instructions for an element of a 16-bit "
         f"tensor, forward and backward; the memory of an H200 leaves time for "
@@ -101,10 +101,8 @@ def summary() -> str:
         "of a copy forward and backward, what `torch.compile` makes of torch's own "
         f"{public_shares('compile(aten)')} %, the formula as papers write it "
         f"{public_shares('naive')} %. MobileNetV2 with ReLU6 and batches of 256 trains in "
-        f"{time:.2f} of the time and {memory:.2f} of the memory.",
-        "**And lost.** A network that waits for the host trains slower than before: in "
-        f"{min(medians):.2f} to {max(medians):.2f} times torch's time by the median step, "
-        f"{min(least):.2f} to {max(least):.2f} by the fastest ({'; '.join(names)}; {last}). A call "
+        f"{mobilenet.time:.2f} of the time and {mobilenet.memory:.2f} of the memory.",
+        f"**And lost.** {slower(lost)}A call "
         f"with its backward costs the host {cost('cuda')} times what torch's own costs it, in "
         f"Triton {cost('triton')} times, so small tensors take longer, unless a CUDA graph leaves "
         "the host out. ReLU6 forward, which writes its bits too, takes "
@@ -114,6 +112,19 @@ def summary() -> str:
         "is said of them is predicted.",
     )
     return "\n\n".join(textwrap.fill(each, 110, break_on_hyphens=False) for each in paragraphs)
+
+
+def slower(lost: dict[str, BesideTorch]) -> str:
+    """The networks that lost time, in a sentence; nothing where there are none."""
+    if not lost:
+        return ""
+    medians, least = [each.time for each in lost.values()], [each.least for each in lost.values()]
+    return (
+        "A network that waits for the host trains slower than before: in "
+        f"{min(medians):.2f} to {max(medians):.2f} times torch's time by the median step, "
+        f"{min(least):.2f} to {max(least):.2f} by the fastest "
+        f"({'; '.join(NETWORKS[net] for net in lost)}). "
+    )
 
 
 def large() -> str:
@@ -162,27 +173,36 @@ NETWORKS = {
     "mobilenet_v2 bs8": "MobileNetV2, ReLU6, batch 8",
     "resnet50 mish": "ResNet50 with Mish, batch 128",
     "csp mish": "CSP network with Mish, batch 128",
+    "cspdarknet53 mish": "CSPDarknet53 with Mish, batch 64",
     "efficientnet_b0 silu": "EfficientNet-B0, SiLU, batch 128",
     "llama 4x2048 silu": "Llama, 4 layers of 2048, SiLU",
 }
+MODES = {
+    "fused": "`replace_activations`",
+    "fused triton": "with Triton",
+    "fused remat": "+ `rematerialize()`",
+    "fused remat norm": "… `(norm=True)`",
+    "checkpoint": "torch, checkpoints",
+}
 
 
-def network_ratios() -> dict[tuple[str, str], tuple[float, float, float]]:
-    """Median time, memory and least time beside torch's in one file, the newer that has them."""
+def network_ratios(
+    paths: tuple[Path, ...] = (BEFORE / "networks.csv", H200 / "networks.csv"),
+) -> dict[tuple[str, str], BesideTorch]:
+    """Training steps beside torch's, by network and mode, of the newest file with the network.
+
+    Args:
+        paths: the files, the newest last.
+    """
     found = {}
-    for path in (BEFORE / "networks.csv", H200 / "networks.csv"):
-        base = {}
-        for row in read_csv(path):
-            memory = row.get("step_gb") or row["step_gib"]
-            numbers = float(row["ms"]), float(memory), float(row["min"])
-            mode = row["mode"].replace(" notinplace+remat", " remat")
-            if mode == "torch":
-                base[row["net"]] = numbers
-            else:
-                net = row["net"].replace("relu6 bs8", "bs8")
-                found[net, mode] = tuple(
-                    ours / theirs for ours, theirs in zip(numbers, base[row["net"]])
-                )
+    for path in paths:
+        newer = {
+            (net, mode): ratios
+            for (net, direction, mode), ratios in beside_torch(read(path)).items()
+            if direction == TRAINING and mode != "torch"
+        }
+        nets = {net for net, _ in newer}
+        found = {key: ratios for key, ratios in found.items() if key[0] not in nets} | newer
     return found
 
 
@@ -191,19 +211,15 @@ def networks() -> str:
     found = network_ratios()
 
     def cell(net: str, mode: str) -> str:
-        return (
-            "{0:.2f} ({2:.2f}), {1:.2f}".format(*found[net, mode]) if (net, mode) in found else ""
-        )
+        if (net, mode) not in found:
+            return ""
+        ratios = found[net, mode]
+        return f"{ratios.time:.2f} ({ratios.least:.2f}), {ratios.memory:.2f}"
 
-    modes = ("fused", "fused remat", "fused remat norm")
-    lines = [(title, *(cell(net, mode) for mode in modes)) for net, title in NETWORKS.items()]
-    header = (
-        "time (least), memory",
-        "`replace_activations`",
-        "+ `rematerialize()`",
-        "… `(norm=True)`",
-    )
-    return table(header, lines)
+    nets = [net for net in NETWORKS if any((net, mode) in found for mode in MODES)]
+    modes = [mode for mode in MODES if any((net, mode) in found for net in nets)]
+    lines = [(NETWORKS[net], *(cell(net, mode) for mode in modes)) for net in nets]
+    return table(("time (least), memory", *(MODES[mode] for mode in modes)), lines)
 
 
 def host() -> str:
