@@ -260,8 +260,7 @@ class Run:
     def row(self, case: Case) -> dict:
         """Empty where nothing was measured."""
         network, samples = case.network, self.samples
-        quantiles = torch.tensor(samples).quantile(torch.tensor([0.5, 0.2, 0.8])).tolist()
-        median, q20, q80 = quantiles if samples else ("", "", "")
+        median, q20, q80 = quantiles(samples) if samples else ("", "", "")
         return {
             "net": case.name,
             "batch": network.shape()[0],
@@ -283,6 +282,12 @@ class Run:
             "skipped": self.skipped,
             "error": self.error,
         }
+
+
+def quantiles(samples: list[float]) -> list[float]:
+    """The median, and the quantiles of 20 % and 80 %."""
+    which = torch.tensor([0.5, 0.2, 0.8], dtype=torch.float64)
+    return torch.tensor(samples, dtype=torch.float64).quantile(which).tolist()
 
 
 def bound(device_ms: float, ms: float) -> str:

@@ -11,7 +11,10 @@ from benchmarks import environment
 from benchmarks.__main__ import COMMANDS, parse
 from tests.shared.benchmarks import status
 
-WITHOUT_EXTRA = ("speed", "memory", "accuracy", "compile", "overhead", "instructions", "compare")
+WITHOUT_EXTRA = (
+    *("speed", "networks", "memory", "accuracy", "compile", "overhead", "instructions"),
+    "compare",
+)
 FOLDERS = {"compare": ("old", "new")}  # what a command cannot be parsed without
 
 # Which command takes which of the shared options.
@@ -20,7 +23,7 @@ TAKE = {
     "--activations": ("speed", "memory", "accuracy", "training"),
     "--dtypes": ("speed", "memory", "accuracy", "compile"),
     "--sizes": ("speed", "compile"),
-    "--rounds": ("compile", "overhead"),
+    "--rounds": ("networks", "compile", "overhead"),
     "--epochs": ("training", "demo"),
     "--seeds": ("training", "demo"),
 }
