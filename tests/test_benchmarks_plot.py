@@ -132,6 +132,7 @@ def test_picture_of_networks_shows_what_was_trained():
         ("a", "training", "checkpoint", "3", "1"),
         ("a", "training", "fused triton", "1", ""),
         ("a", "training", "fused", "", ""),
+        ("a", "inference", "torch", "3", "3"),
         ("a", "inference", "fused", "9", "9"),
         ("b", "training", "fused", "3", "3"),
     )
