@@ -146,6 +146,10 @@ class Case(NamedTuple):
         return NETWORKS[self.name]
 
 
+def autocast() -> torch.autocast:
+    return torch.autocast(DEVICE.type, torch.bfloat16, enabled=ON_GPU)
+
+
 class Copy:
     """A copy of a network in one mode, ready for steps."""
 
@@ -160,42 +164,55 @@ class Copy:
             raise ValueError(f"{case.name} has no block of a class {case.network.block}")
         self.optimizer = torch.optim.SGD(self.module.parameters(), lr=0.01, momentum=0.9)
         self.run = torch.compile(self.module, dynamic=False) if case.is_compiled else self.module
-        self.go = self.train if case.direction == TRAINING else self.infer
 
-    def forward(self) -> Tensor:
-        """The loss of the batch."""
-        inputs, targets = self.batch
-        with torch.autocast(DEVICE.type, torch.bfloat16, enabled=ON_GPU):
-            with self.mode.block():
-                outputs = self.run(inputs)
-            return F.cross_entropy(outputs.flatten(0, -2), targets.flatten())
+    def outputs(self) -> Tensor:
+        with self.mode.block():
+            return self.run(self.batch[0])
+
+    def loss_of(self, outputs: Tensor) -> Tensor:
+        return F.cross_entropy(outputs.flatten(0, -2), self.batch[1].flatten())
 
     def train(self) -> Tensor:
+        """Returns the loss."""
         self.optimizer.zero_grad(set_to_none=True)
-        loss = self.forward()
+        with autocast():
+            loss = self.loss_of(self.outputs())
         loss.backward()
         self.optimizer.step()
         return loss.detach()
 
     @torch.inference_mode()
     def infer(self) -> Tensor:
-        return self.forward()
+        """Returns the outputs, since a loss is no part of inference."""
+        with autocast():
+            return self.outputs()
+
+    def seed(self) -> None:
+        """Let the next step draw what that step draws in all modes, for dropout."""
+        torch.manual_seed(self.steps)
+        self.steps += 1
+
+    def go(self) -> Tensor:
+        """One step, and the GPU is done with it."""
+        with fused_act.use_backend(self.mode.backend):
+            found = self.train() if self.module.training else self.infer()
+        traces.synchronize()
+        return found
 
     def step(self) -> tuple[float, float]:
         """Take one step, and return its seconds and its loss."""
-        torch.manual_seed(self.steps)  # dropout drops the same in all modes
-        self.steps += 1
-        with fused_act.use_backend(self.mode.backend):
-            traces.synchronize()
-            start = time.perf_counter()
-            loss = self.go()
-            traces.synchronize()
-            return time.perf_counter() - start, loss.item()
+        self.seed()
+        traces.synchronize()
+        start = time.perf_counter()
+        found = self.go()
+        seconds = time.perf_counter() - start
+        return seconds, (found if self.module.training else self.loss_of(found.float())).item()
 
     def step_bytes(self) -> int:
         """The most that is allocated in a step, which begins without gradients."""
+        self.seed()
         self.optimizer.zero_grad(set_to_none=True)
-        return traces.most_allocated(self.step)
+        return traces.most_allocated(self.go)
 
     def held_bytes(self) -> int:
         """What is there between two steps, without gradients; each storage once."""
@@ -206,7 +223,7 @@ class Copy:
 
     def device_ms(self) -> float | None:
         """What the GPU works in a step, or None where nobody knows."""
-        return traces.device_ms(self.step, TRACED) if ON_GPU else None
+        return traces.device_ms(self.go, TRACED) if ON_GPU else None
 
 
 class Run:

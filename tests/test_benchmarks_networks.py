@@ -74,9 +74,8 @@ def test_modes_take_turns_step_by_step(monkeypatch):
 
     monkeypatch.setattr(networks.Copy, "step", recorded)
     rows = tiny_rows(rounds=4)
-    before = len(HERE) * (networks.WARM_UP + 1)  # one for the memory
     count = len(HERE)
-    rounds = [steps[i : i + count] for i in range(before, len(steps), count)]
+    rounds = [steps[i : i + count] for i in range(count * networks.WARM_UP, len(steps), count)]
     assert len(rounds) == 4
     for each in rounds:
         assert sorted(map(id, each)) == sorted(id(MODES[name]) for name in HERE)
@@ -116,6 +115,28 @@ def test_losses_on_a_cpu_are_the_same_bit_for_bit(direction):
     assert {row["replaced"] for row in rows.values()} == {0, 2}
     for row in rows.values():
         assert row["per_second"] * row["ms"] == pytest.approx(1000 * 4 * 5)
+
+
+def test_a_loss_is_no_part_of_inference(monkeypatch):
+    during, loss_of, go = [], networks.Copy.loss_of, networks.Copy.go
+
+    def recorded(self, outputs):
+        during.append(self.goes)
+        return loss_of(self, outputs)
+
+    def recorded_go(self):
+        self.goes = True
+        found = go(self)
+        self.goes = False
+        return found
+
+    monkeypatch.setattr(networks.Copy, "loss_of", recorded)
+    monkeypatch.setattr(networks.Copy, "go", recorded_go)
+    tiny_rows(INFERENCE, ["torch"])
+    assert set(during) == {False}
+    during.clear()
+    tiny_rows(TRAINING, ["torch"])
+    assert set(during) == {True}
 
 
 def test_the_loss_is_that_of_weights_that_were_trained(monkeypatch):
