@@ -32,6 +32,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from benchmarks import environment, options
+from benchmarks.networks import of_today
 from benchmarks.providers import OURS
 from benchmarks.speed_results import comparison, quotable
 
@@ -199,22 +200,13 @@ def speed_rows(rows: list[dict]) -> list[dict]:
 
 
 def network_rows(rows: list[dict]) -> list[dict]:
-    """By the names of today; the first results had training steps only, and other names."""
-    named = [
-        row
-        | {
-            "net": row["net"].replace("relu6 bs8", "bs8"),
-            "mode": row["mode"].replace(" notinplace+remat", " remat"),
-            "direction": row.get("direction") or "training",
-            "step_gb": row.get("step_gb") or row.get("step_gib", ""),
-        }
-        for row in rows
-    ]
-
     def cell(row: dict) -> tuple:
         return row["net"], row["direction"], row.get("batch")
 
-    return with_base(named, cell, lambda row: row["mode"] == "torch", ["ms", "min", "step_gb"])
+    def is_base(row: dict) -> bool:
+        return row["mode"] == "torch"
+
+    return with_base(list(map(of_today, rows)), cell, is_base, ["ms", "min", "step_gb"])
 
 
 def test_rows(rows: list[dict]) -> list[dict]:

@@ -167,11 +167,11 @@ NETWORKS = {
     ),
     "mobilenet_v2 bs8": dataclasses.replace(MOBILENET_V2, on_gpu=(8, 3, 224, 224)),
     "csp mish": Network(
-        partial(small_networks.csp_network, nn.Mish),
+        partial(small_networks.csp_network, nn.Mish, channels=3, classes=1000),
         block="CrossStagePartial",
-        classes=10,
-        on_gpu=(128, 1, 224, 224),
-        on_cpu=(2, 1, 224, 224),
+        classes=1000,
+        on_gpu=(128, 3, 224, 224),
+        on_cpu=IMAGENET,
     ),
     "cspdarknet53 mish": Network(
         cspdarknet53,

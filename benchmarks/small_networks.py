@@ -120,17 +120,24 @@ class CrossStagePartial(nn.Module):
         return self.transition(torch.cat([self.through(x), self.passing(x)], dim=1))
 
 
-def csp_network(activation: Callable[[], nn.Module]) -> nn.Sequential:
-    """Two stages of YOLOv4's backbone, which has Mish (Bochkovskiy et al., arXiv:2004.10934)."""
+def csp_network(
+    activation: Callable[[], nn.Module], channels: int = 1, classes: int = 10
+) -> nn.Sequential:
+    """Two stages of YOLOv4's backbone, which has Mish (Bochkovskiy et al., arXiv:2004.10934).
+
+    Args:
+        channels: those of its images.
+        classes: how many kinds of images it tells apart.
+    """
     return nn.Sequential(
-        convolution(1, 16, 3, activation),
+        convolution(channels, 16, 3, activation),
         convolution(16, 32, 3, activation, stride=2),
         CrossStagePartial(32, 1, activation),
         convolution(32, 64, 3, activation, stride=2),
         CrossStagePartial(64, 2, activation),
         nn.AdaptiveAvgPool2d(1),
         nn.Flatten(),
-        nn.Linear(64, 10),
+        nn.Linear(64, classes),
     )
 
 

@@ -189,20 +189,18 @@ MODES = {
 def network_ratios(
     paths: tuple[Path, ...] = (BEFORE / "networks.csv", H200 / "networks.csv"),
 ) -> dict[tuple[str, str], BesideTorch]:
-    """Training steps beside torch's, by network and mode, of the newest file with the network.
+    """Training steps beside torch's in the same file, by network and mode: the newest there are.
 
     Args:
         paths: the files, the newest last.
     """
     found = {}
     for path in paths:
-        newer = {
+        found |= {
             (net, mode): ratios
             for (net, direction, mode), ratios in beside_torch(read(path)).items()
             if direction == TRAINING and mode != "torch"
         }
-        nets = {net for net, _ in newer}
-        found = {key: ratios for key, ratios in found.items() if key[0] not in nets} | newer
     return found
 
 
