@@ -26,6 +26,8 @@ from tests.shared.cases import INTERPRET, ON_HOST
 from tests.shared.facts import FEATURED
 from tests.shared.layouts import TINY
 
+pytest_plugins = ["tests.outcomes"]
+
 # Why tests are left out here, by the marker that says what they need. Thousands of skipped tests
 # would hide those that are skipped for another reason.
 MISSING = {
