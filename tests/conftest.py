@@ -1,17 +1,16 @@
 """Which tests run here and in which tier; every test starts with the backend `auto`.
 
-The tiers are markers: `smoke` is `make check`, all that is not `full` is `make test`, and `full` is
-the rest, for `make test-all`. Most of `full` is found here, see `mark_full`.
+tests/tiers.py says what the tiers are and puts most cases into theirs.
 """
 
 import collections
 import functools
+import gc
 import importlib
 import importlib.util
 import os
 import re
 import signal
-import zlib
 from pathlib import Path
 
 import pytest
@@ -21,10 +20,9 @@ import fused_act
 from benchmarks import environment
 from fused_act import dispatch, host
 from fused_act.backends import triton
+from tests import tiers
 from tests.shared import accuracy, compiling, cpu_ops, host_kernels
 from tests.shared.cases import INTERPRET, ON_HOST
-from tests.shared.facts import FEATURED
-from tests.shared.layouts import TINY
 
 pytest_plugins = ["tests.outcomes"]
 
@@ -35,8 +33,6 @@ MISSING = {
     "timm": None if importlib.util.find_spec("timm") else "need timm, see `make test-all`",
 }
 LEFT_OUT: collections.Counter[str] = collections.Counter()
-# A row goes together with the way to compute it: `make test` runs each pair of them.
-PAIRED = ("case", "row", "variant", "backend", "way", "inplace")
 
 
 def pytest_addoption(parser):
@@ -50,6 +46,8 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     if config.option.without_host_extension:
         host.extension = lambda: "left out by --without-host-extension"
+    if getattr(config.option, "dist", None) == "loadscope":
+        config.option.loadscopereorder = False  # groups start in the order of their tests
 
 
 def pytest_ignore_collect(collection_path, config):
@@ -69,7 +67,27 @@ def pytest_collection_modifyitems(config, items):
     LEFT_OUT.update(filter(None, reasons))
     config.hook.pytest_deselected(items=[item for item, why in zip(items, reasons) if why])
     items[:] = [item for item, why in zip(items, reasons) if not why]
-    mark_full(items)
+    tiers.mark_full(items)
+    tiers.mark_overlapping(items)
+    tiers.order(items)
+
+
+@pytest.hookimpl(optionalhook=True, tryfirst=True)
+def pytest_xdist_make_scheduler(config, log):
+    """With `--dist loadscope` a process runs a whole group of tests, see tests/tiers.py.
+
+    pytest-xdist's own groups, `--dist loadgroup`, are ignored in silence where pytest is of
+    version 9.2: it has renamed what pytest-xdist 3.8 writes them into.
+    """
+    if config.getvalue("dist") != "loadscope":
+        return None
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Groups(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            return tiers.group_of(nodeid)
+
+    return Groups(config, log)
 
 
 def reason_to_leave_out(item) -> str | None:
@@ -81,43 +99,15 @@ def reason_to_leave_out(item) -> str | None:
     return None
 
 
-def mark_full(items) -> None:
-    """Mark as `full` the cases that `make test` leaves to `make test-all`.
-
-    Of each parametrized test so many cases are left unmarked that every row comes by in every way
-    to compute it, and every value of the other parameters at least once. They are drawn as if at
-    random, so that rows meet different values. A test that is marked `exhaustive` keeps all of the
-    featured rows.
-    """
-    by_function = collections.defaultdict(list)
-    for item in items:
-        if item.get_closest_marker("zoo"):
-            item.add_marker("full")
-        elif hasattr(item, "callspec") and not item.get_closest_marker("full"):
-            by_function[item.nodeid.partition("[")[0]].append(item)
-    for found in by_function.values():
-        seen = set()
-        for item in sorted(found, key=place_in_the_draw):
-            # By identity, since a value may be of any type: all cases share those of the list.
-            # Parameters do not make another row of a case.
-            params = item.callspec.params
-            values = {name: id(getattr(value, "facts", value)) for name, value in params.items()}
-            pair = tuple(values.pop(name, None) for name in PAIRED)
-            new = {pair, *values.items()} - seen
-            if not new and not (item.get_closest_marker("exhaustive") and is_featured(item)):
-                item.add_marker("full")
-            seen |= new
+def pytest_runtest_setup(item):
+    """What a process keeps for later tensors is memory that a huge test lacks."""
+    if tiers.is_huge(item.nodeid):
+        gc.collect()
+        torch.cuda.empty_cache()
 
 
-def place_in_the_draw(item) -> tuple[bool, int]:
-    """As good as random, but the same everywhere; last comes what has next to no elements."""
-    is_tiny = any(isinstance(v, str) and v in TINY for v in item.callspec.params.values())
-    return is_tiny, zlib.crc32(item.callspec.id.encode())
-
-
-def is_featured(item) -> bool:
-    case = item.callspec.params["case"]
-    return case.name in FEATURED and case.parameters in case.facts.parameters
+def pytest_runtest_teardown(item):
+    pytest_runtest_setup(item)
 
 
 def pytest_report_header():

@@ -246,15 +246,18 @@ def test_from_every_output(case, backend, dtype, large_blocks):
     accuracy.check_from_output(case, y, derivative.cpu(), tolerance)
 
 
-def check_every_fp32_input(case, backends, chunks, chunk_size):
-    """Gather the errors of each backend, and of torch, chunk by chunk of consecutive bits."""
+def check_every_fp32_input(case, backends, chunks, chunk_size, part=0, parts=1):
+    """Gather the errors of each backend, and of torch, chunk by chunk of consecutive bits.
+
+    Of each `parts` inputs side by side it takes the one that `part` says.
+    """
     errors = {
         (backend, kind): accuracy.Errors(case, kind, torch.float32, accuracy.tolerance_of(kind))
         for backend in (*backends, "torch")
         for kind in KINDS
     }
     for chunk in chunks:
-        bits = torch.arange(chunk_size, device=DEVICE) + (chunk * chunk_size - 2**31)
+        bits = (torch.arange(chunk_size, device=DEVICE) + chunk * chunk_size) * parts + part - 2**31
         x = bits.to(torch.int32).view(torch.float32)
         x = x[x.isfinite()]
         for backend in (*backends, "torch"):
@@ -264,15 +267,21 @@ def check_every_fp32_input(case, backends, chunks, chunk_size):
                 exact = accuracy.true_value(case, kind, x, y)
                 errors[backend, kind].add(x, result, exact)
     for (backend, _), found in errors.items():
-        accuracy.report(f"{backend}, all 2^32 inputs", found)
+        which = "all" if parts == 1 else f"each {parts}th of all"
+        accuracy.report(f"{backend}, {which} 2^32 inputs", found)
         if backend != "torch":
             found.check()
 
 
+EIGHTHS = pytest.mark.parametrize("part", range(8), ids=lambda part: f"part{part}")
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_every_fp32_input(case):
-    check_every_fp32_input(case, ("triton", "cuda"), range(64), 2**26)
+@EIGHTHS
+def test_every_fp32_input(case, part):
+    """In eight parts, of which `make gpu-test` runs one for each row."""
+    check_every_fp32_input(case, ("triton", "cuda"), range(8), 2**26, part, 8)
 
 
 @pytest.mark.interpreted

@@ -12,6 +12,7 @@ from tests.shared.cases import BACKENDS as KERNELS
 from tests.shared.cases import CASES, DEVICE, INTERPRET, all_backends, elementwise_rows, of_family
 
 pytestmark = [
+    pytest.mark.with_gpu,
     pytest.mark.usefixtures("forced"),
     pytest.mark.filterwarnings("ignore::UserWarning"),  # prototypes: nested and sparse tensors
 ]
