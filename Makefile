@@ -2,7 +2,10 @@
 # make check     lint, types, and every row on every path that runs here, in a minute and a half
 # make test      the same and every test once, both compilers and the interpreter, in minutes
 # make test-all  all that is left: sweeps, models, broken installs, distributed, architectures
-# make gpu       where a GPU and torch are: tests, comparisons and pictures, into RESULTS=folder
+# make gpu       where a GPU and torch are: tests, comparisons, pictures and a verdict, into
+#                RESULTS=folder; BASELINE=folder has results of this GPU to compare with. Its stages:
+#                gpu-test, gpu-speed, gpu-networks, gpu-memory, gpu-accuracy, gpu-pictures
+# make gpu-...   what `make gpu` leaves out: gpu-test-all, gpu-edges, gpu-compiled, gpu-overhead
 # make sanitize  likewise: every kernel under compute-sanitizer
 # make mutate    seed bugs and see that the tests catch each; writes tests/mutations.md
 # make bench     the comparisons and their pictures, on whatever is here
@@ -10,6 +13,7 @@
 SHELL := /bin/bash
 PYTHON ?= python3
 RESULTS ?= benchmarks/results/gpu
+BASELINE ?= $(RESULTS)
 VENV := .venv
 RUN := $(VENV)/bin/python
 TIMM_VENV := .venv-timm
@@ -28,8 +32,6 @@ EXTENSIONS := $(VENV)/extensions
 # What takes long and matters most comes first, and the pictures last. The command `instructions` is
 # run by hand: it takes minutes to compile, and says the same everywhere.
 COMPARISONS := speed accuracy compile memory overhead training plot activations
-# `make gpu` takes minutes, and small networks on small images do not need a GPU.
-GPU_COMPARISONS := $(filter-out training,$(COMPARISONS))
 # On as many cores as there are, up to four: each process imports torch and what goes with it.
 PARALLEL := -n auto --maxprocesses 4 --dist worksteal
 TESTS := -m pytest $(PARALLEL) --durations 10
@@ -37,7 +39,8 @@ TESTS := -m pytest $(PARALLEL) --durations 10
 IN_PYTHON := --without-host-extension $(addprefix tests/test_,$(addsuffix .py,autograd compile \
 	compiled_derivatives concurrency distributed export faults kernels rematerialization))
 
-.PHONY: demo check test test-all mutate gpu sanitize lint types bench clean smoke smoke-interpreted
+.PHONY: demo check test test-all mutate gpu sanitize lint types bench clean smoke smoke-interpreted \
+	gpu-build gpu-pictures
 
 demo: $(VENV)/demo
 	$(RUN) -m benchmarks demo
@@ -83,36 +86,128 @@ lint: $(VENV)/test
 types: $(VENV)/test
 	$(RUN) -m mypy
 
-# $(1): commands, $(2): Python, $(3): options. One that fails keeps none of the others from running;
-# Ctrl-C does.
-define compare
-	@status=0; for command in $(1); do \
-		echo "python -m benchmarks $$command $(3)"; \
-		$(2) -m benchmarks $$command $(3) || { [ $$? = 130 ] && exit 130; status=1; }; \
-	done; exit $$status
+bench: $(VENV)/demo
+	@status=0; $(foreach command,$(COMPARISONS),$(call run,bench,$(RUN) -m benchmarks $(command)); ) \
+	exit $$status
+
+# $(1): a target, $(2): a command of it. One that fails keeps none of the others from running; Ctrl-C
+# does. A status of 124 or 137 is that of `timeout`.
+define run
+echo '$(1): $(2)'; $(2) || { code=$$?; status=1; case $$code in \
+	130) exit 130 ;; \
+	124 | 137) echo '$(1): cut off, since its time is over; make $(1) goes on where it ended' ;; \
+	*) echo "$(1): FAILED, see above" ;; esac; }
 endef
 
-bench: $(VENV)/demo
-	$(call compare,$(COMPARISONS),$(RUN))
+# `make gpu` and all that follows installs nothing: it takes the torch of PYTHON and builds the
+# extension in place. Each stage has a file, which the stage puts into RESULTS when it is complete. So
+# where the file is the stage is done, and if `make gpu` was cut off the next one goes on from there.
+STAGES := gpu-test gpu-speed gpu-networks gpu-memory gpu-accuracy
+BY_THEMSELVES := gpu-test-all gpu-edges gpu-compiled gpu-overhead
+.PHONY: $(STAGES) $(BY_THEMSELVES)
+BUILD = $(PYTHON) setup.py -q build_ext --inplace
+MEASURE = $(PYTHON) -m benchmarks
+PICTURES = $(MEASURE) plot $(INTO)
+INTO = --results $(RESULTS)
+# In seconds. So all stages together take eight minutes.
+TEST_LIMIT ?= 240
+NETWORKS_LIMIT ?= 90
 
-# Installs nothing: it takes the torch of PYTHON and builds the extension in place.
+gpu-test.file := tests.csv
+gpu-test.command = $(call gpu_tests,(gpu or with_gpu) and not overlapping,$(TEST_LIMIT),tests.csv)
+gpu-speed.file := speed.csv
+gpu-speed.command = $(MEASURE) speed $(INTO)
+gpu-networks.file := networks.csv
+gpu-networks.command = $(MEASURE) networks $(INTO) --time-limit $(NETWORKS_LIMIT)
+gpu-memory.file := memory.csv
+gpu-memory.command = $(MEASURE) memory $(INTO)
+gpu-accuracy.file := accuracy.csv
+gpu-accuracy.command = $(MEASURE) accuracy $(INTO)
+gpu-test-all.file := tests_all.csv
+gpu-test-all.command = $(call gpu_tests,gpu or with_gpu,0,tests_all.csv)
+gpu-edges.file := speed_edges.csv
+gpu-edges.command = $(MEASURE) speed --edges $(INTO)
+gpu-compiled.file := networks_compiled.csv
+gpu-compiled.command = $(MEASURE) networks --compiled $(INTO)
+gpu-overhead.file := overhead.csv
+gpu-overhead.command = $(MEASURE) overhead $(INTO)
+
+# $(1): which tests, by their markers, $(2): seconds until they are interrupted, 0 for none, $(3): the
+# file. As many processes as there are cores, each with one thread; more than 16 would fill the GPU's
+# memory with contexts. `loadscope` keeps to the groups of tests/tiers.py.
+gpu_tests = timeout --foreground -s INT -k 20 $(2) \
+	$(if $(XDIST),env OMP_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=1) \
+	$(PYTHON) -m pytest -q --durations 10 -m "$(1)" \
+	$(if $(XDIST),-n auto --maxprocesses 16 --dist loadscope) --outcomes $(RESULTS)/$(3)
+XDIST = $(shell $(PYTHON) -c "import xdist" 2>/dev/null && echo installed)
+gpu-test.note = $(if $(XDIST),one process for each core,pytest-xdist is not installed: one process)
+gpu-test-all.note = $(gpu-test.note)
+
+# $(1): a stage.
+define stage
+if [ -e $(RESULTS)/$($(1).file) ]; then \
+	grep -qF "$$(git describe --always --dirty 2>/dev/null)" $(RESULTS)/$($(1).file) \
+		&& of= || of=", of another commit"; \
+	echo "$(1): $(RESULTS)/$($(1).file) is there already$$of; remove it to run $(1) again"; \
+else $(if $($(1).note),echo "$(1): $($(1).note)";) $(call run,$(1),$($(1).command)); fi
+endef
+
+define needs_gpu
+@$(PYTHON) -c "import sys, torch; torch.cuda.is_available() or sys.exit('torch sees no CUDA GPU')"
+endef
+
+# `compare` decides in the end, of what failed in an earlier `make gpu`, too.
 gpu:
-	@$(PYTHON) -c "import sys, torch; torch.cuda.is_available() or sys.exit('torch sees no CUDA GPU')"
-	$(PYTHON) setup.py -q build_ext --inplace
-	$(PYTHON) -m pytest -m gpu
-	$(PYTHON) -m pytest tests/test_faults.py -m "not gpu"
-	$(call compare,$(GPU_COMPARISONS),$(PYTHON),--results $(RESULTS))
-	@echo "make gpu: passed; results and pictures are in $(RESULTS)"
+	$(needs_gpu)
+	@trap 'exit 130' INT; status=0; \
+	$(call run,gpu-build,$(BUILD)); \
+	$(foreach name,$(STAGES),$(call stage,$(name)); ) \
+	$(call run,gpu-pictures,$(PICTURES)); \
+	$(call run,gpu,$(MEASURE) compare $(BASELINE) $(RESULTS)); \
+	if [ $$status = 0 ]; then echo "make gpu: passed; results and pictures are in $(RESULTS)"; \
+	else echo "make gpu: FAILED, see above; results are in $(RESULTS)"; fi; exit $$status
 
-# Like gpu, it installs nothing. Without the caching allocator, each tensor has bounds to watch.
+gpu-build:
+	$(needs_gpu)
+	$(BUILD)
+
+$(STAGES) $(BY_THEMSELVES): gpu-build
+	@trap 'exit 130' INT; status=0; $(call stage,$@); exit $$status
+
+gpu-pictures:
+	$(PICTURES)
+
+# Without the caching allocator each tensor has bounds to watch. Every tool runs once for each
+# backend and dtype, all at the same time, and what it says is in a file of its own. racecheck looks
+# at what threads share, and initcheck at what is read, for which few sizes do.
+SANITIZERS := $(foreach tool,memcheck racecheck initcheck,$(foreach backend,triton cuda,\
+	$(foreach dtype,float16 bfloat16 float32,$(tool)-$(backend)-$(dtype))))
+# torch asks for a context before there is one; that is no error of a kernel.
+memcheck.options := --report-api-errors no
+racecheck.tests := --sharing
+initcheck.tests := --sizes 9 4105 --offsets 1
+SANITIZE_LIMIT ?= 150
+LOGS := build/sanitize
+
 sanitize:
-	@$(PYTHON) -c "import sys, torch; torch.cuda.is_available() or sys.exit('torch sees no CUDA GPU')"
-	$(PYTHON) setup.py -q build_ext --inplace
-	@# torch asks for a context before there is one; that is no error of a kernel.
-	for tool in "memcheck --report-api-errors no" racecheck initcheck; do \
-		PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $$tool --error-exitcode 1 \
-		$(PYTHON) -m tests.sanitize || exit 1; done
-	@echo "make sanitize: memcheck, racecheck and initcheck found nothing"
+	$(needs_gpu)
+	@compute-sanitizer --version >/dev/null || { echo "needs compute-sanitizer, of the CUDA toolkit"; exit 1; }
+	$(BUILD)
+	@if $(MAKE) --no-print-directory -k -j 16 $(addprefix sanitize-,$(SANITIZERS)); \
+	then echo "make sanitize: memcheck, racecheck and initcheck found nothing"; \
+	else echo "make sanitize: FAILED, see above and $(LOGS)"; exit 1; fi
+
+sanitize-%: part = $(word $(1),$(subst -, ,$*))
+sanitize-%:
+	@mkdir -p $(LOGS)
+	@PYTORCH_NO_CUDA_MEMORY_CACHING=1 OMP_NUM_THREADS=1 timeout --foreground -k 5 $(SANITIZE_LIMIT) \
+		compute-sanitizer --tool $(call part,1) $($(call part,1).options) --error-exitcode 1 \
+		$(PYTHON) -m tests.sanitize --backends $(call part,2) --dtypes $(call part,3) \
+		$($(call part,1).tests) >$(LOGS)/$*.log 2>&1; code=$$?; \
+	if [ $$code = 0 ]; then echo "$*: $$(grep '^sanitize: ' $(LOGS)/$*.log)"; else \
+		tail -n 15 $(LOGS)/$*.log; \
+		[ $$code = 124 ] && echo "$*: not done within $(SANITIZE_LIMIT) seconds" \
+			|| echo "$*: FAILED, see $(LOGS)/$*.log"; exit 1; fi
 
 clean:
 	rm -rf $(VENV) $(TIMM_VENV) build dist *.egg-info fused_act/_C*.so fused_act/_host_*.so
