@@ -193,7 +193,7 @@ sanitize:
 	$(needs_gpu)
 	@compute-sanitizer --version >/dev/null || { echo "needs compute-sanitizer, of the CUDA toolkit"; exit 1; }
 	$(BUILD)
-	@if $(MAKE) --no-print-directory -k -j 16 $(addprefix sanitize-,$(SANITIZERS)); \
+	@if $(MAKE) --no-print-directory -k -j $(words $(SANITIZERS)) $(addprefix sanitize-,$(SANITIZERS)); \
 	then echo "make sanitize: memcheck, racecheck and initcheck found nothing"; \
 	else echo "make sanitize: FAILED, see above and $(LOGS)"; exit 1; fi
 
