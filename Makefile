@@ -111,12 +111,13 @@ PICTURES = $(MEASURE) plot $(INTO)
 INTO = --results $(RESULTS)
 # In seconds. So all stages together take eight minutes.
 TEST_LIMIT ?= 240
+SPEED_LIMIT ?= 90
 NETWORKS_LIMIT ?= 90
 
 gpu-test.file := tests.csv
 gpu-test.command = $(call gpu_tests,(gpu or with_gpu) and not overlapping,$(TEST_LIMIT),tests.csv)
 gpu-speed.file := speed.csv
-gpu-speed.command = $(MEASURE) speed $(INTO)
+gpu-speed.command = $(MEASURE) speed $(INTO) --time-limit $(SPEED_LIMIT)
 gpu-networks.file := networks.csv
 gpu-networks.command = $(MEASURE) networks $(INTO) --time-limit $(NETWORKS_LIMIT)
 gpu-memory.file := memory.csv

@@ -480,7 +480,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--rounds",
         type=options.count,
         metavar="N",
-        help="steps of each mode that are timed; default: 16, on a CPU 9, with --quick 5",
+        help="steps of each mode that are timed; default: 12, on a CPU 9, with --quick 5",
     )
     parser.add_argument(
         "--time-limit",
@@ -535,7 +535,7 @@ def main(arguments: argparse.Namespace) -> list[dict]:
     if not ON_GPU:
         print("NO GPU: no kernel ran; fused computes what torch does, on one CPU thread.")
         torch.set_num_threads(1)  # several wait for each other on a busy machine
-    rounds = arguments.rounds or (5 if arguments.quick else 16 if ON_GPU else 9)
+    rounds = arguments.rounds or (5 if arguments.quick else 12 if ON_GPU else 9)
     found = measure_all(names, modes, arguments.compiled, rounds, time_limit(arguments))
     file = "networks_compiled.csv" if arguments.compiled else "networks.csv"
     rows = environment.write_csv(arguments.results / file, found)
