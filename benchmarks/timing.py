@@ -130,6 +130,9 @@ class GpuTurn:
     ):
         self.queue = queue or cuda_queue()
         self.runs_a_launch = GRAPH_RUNS if graph else 1
+        # A graph knows addresses alone. `call` holds the tensors that are there; without them their
+        # memory would go to others, or back to the driver, and the graph would still write to it.
+        self.call = call
         self.launch = self.queue.capture(call, GRAPH_RUNS) if graph else call
         self.clears_cache = not graph
         self.is_bound_by_host = False

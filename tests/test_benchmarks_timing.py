@@ -1,6 +1,7 @@
 """How the benchmarks take times; those of a GPU are shown with a stand-in clock and queue."""
 
 import types
+import weakref
 from functools import partial
 
 import pytest
@@ -138,6 +139,22 @@ def test_a_graph_has_as_many_runs_whatever_the_first_estimate(queue, kernel, fir
     assert timing.GRAPH_RUNS >= 200
     for seconds in turn():
         assert kernel <= seconds < 1.02 * kernel + queue.graph_start / 200 + 1e-9
+
+
+def test_what_a_graph_writes_into_is_there_as_long_as_its_turns(queue):
+    """A graph has addresses alone: `capture` keeps nothing of the call."""
+
+    def call(out):
+        queue.launch(1e-6, DEVICE)
+
+    out = torch.empty(8)
+    held = weakref.ref(out)
+    turn = timing.GpuTurn(partial(call, out), 0.003, queue, graph=True)
+    del out
+    turn()
+    assert held() is not None
+    del turn
+    assert held() is None
 
 
 def test_turns_last_about_as_long_as_asked(queue):
