@@ -92,13 +92,15 @@ class CudaQueue:
     def capture(self, call: Callable, runs: int) -> Callable[[], object]:
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
+        graph = torch.cuda.CUDAGraph()
+        # The outer block leaves the stream even where the capture fails, after which the inner
+        # one does not.
         with torch.cuda.stream(stream):
             call()  # compiles and allocates, which a capture must not
+            with torch.cuda.graph(graph, stream=stream):
+                for _ in range(runs):
+                    call()
         torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            for _ in range(runs):
-                call()
         return graph.replay
 
 
