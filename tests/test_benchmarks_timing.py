@@ -1,5 +1,6 @@
 """How the benchmarks take times; those of a GPU are shown with a stand-in clock and queue."""
 
+import contextlib
 import types
 import weakref
 from functools import partial
@@ -155,6 +156,39 @@ def test_what_a_graph_writes_into_is_there_as_long_as_its_turns(queue):
     assert held() is not None
     del turn
     assert held() is None
+
+
+def test_a_capture_that_fails_leaves_its_stream(monkeypatch):
+    """As `torch.cuda.graph` does it, whose end raises before it goes back."""
+    main = types.SimpleNamespace(wait_stream=lambda other: None)
+    current = [main]
+
+    @contextlib.contextmanager
+    def on(stream):
+        before, current[0] = current[0], stream
+        try:
+            yield
+        finally:
+            current[0] = before
+
+    @contextlib.contextmanager
+    def graph(graph, stream=None):
+        current[0] = stream or types.SimpleNamespace()
+        yield
+        raise RuntimeError("operation failed due to a previous error during capture")
+
+    fakes = {
+        "Stream": lambda: types.SimpleNamespace(wait_stream=lambda other: None),
+        "current_stream": lambda: current[0],
+        "stream": on,
+        "graph": graph,
+        "CUDAGraph": types.SimpleNamespace,
+    }
+    for name, fake in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    with pytest.raises(RuntimeError, match="during capture"):
+        timing.CudaQueue.capture(object.__new__(timing.CudaQueue), int, 2)
+    assert current[0] is main
 
 
 def test_turns_last_about_as_long_as_asked(queue):
