@@ -25,6 +25,7 @@ Exit status: 0; 1 if anything got worse or failed; 2 if nothing can be compared.
 from __future__ import annotations
 
 import argparse
+import csv
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -353,7 +354,14 @@ def read(folder: Path) -> dict[str, list[dict]]:
         environment.refuse(f"expected a folder of results, got {folder}")
     last = {complete(path).name: path for path in cut_off(folder)}
     paths = {name: last.get(name, folder / name) for name in KINDS}
-    return {name: environment.read_csv(path) for name, path in paths.items() if path.exists()}
+    return {name: rows_of(path) for name, path in paths.items() if path.exists()}
+
+
+def rows_of(path: Path) -> list[dict]:
+    try:
+        return environment.read_csv(path)
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        environment.refuse(f"expected a csv file of results, got {path}: {error}")
 
 
 def machines(files: dict[str, list[dict]]) -> set[str]:

@@ -500,6 +500,20 @@ def test_what_cannot_be_compared_is_one_line(write, verdict, tmp_path):
     assert "expected numbers in speed.csv, got could not convert" in verdict()[1]
 
 
+def test_what_is_no_csv_file_is_one_line(write, verdict):
+    write("old", "speed.csv", SPEED)
+    path = write("new", "speed.csv", SPEED)
+    path.write_bytes(bytes(range(256)))
+    ended, output = verdict()
+    assert (ended, len(output.splitlines())) == (2, 1)
+    assert output.startswith(f"expected a csv file of results, got {path}: 'utf-8' codec can't")
+    path.unlink()
+    path.mkdir()
+    ended, output = verdict()
+    assert (ended, len(output.splitlines())) == (2, 1)
+    assert output.startswith(f"expected a csv file of results, got {path}: [Errno ")
+
+
 # The results that there are
 
 
