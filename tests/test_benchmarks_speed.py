@@ -14,6 +14,7 @@ from benchmarks.providers import DTYPES
 from benchmarks.speed import Method
 from benchmarks.workloads import Workload
 from fused_act.activations import FAMILIES, ROWS
+from fused_act.dispatch import Kernels
 from tests.shared.benchmarks import (
     CLOCK,
     StandInQueue,
@@ -190,6 +191,19 @@ def test_other_families_are_timed_with_weights_and_channels(name, layout):
     call = workloads.kernel_call(kernels, parameters, "forward", x, grad_output, *weights)
     assert torch.equal(call(), y)
     assert not workloads.offers(kernels, "backward")
+
+
+@pytest.mark.parametrize(
+    ("is_ours", "expected"), [(True, torch.float32), (False, torch.bfloat16)], ids=["ours", "other"]
+)
+def test_kernels_of_ours_get_their_weights_in_fp32(is_ours, expected):
+    dtypes = set()
+    kernels = Kernels(lambda x, weight: dtypes.add((x.dtype, weight.dtype)))
+    timed = provider("one", None, is_ours=is_ours, kernels=lambda activation: kernels)
+    workload = Workload(ROWS["prelu"], "bf16", 2**8, "contiguous")
+    *_, contender = speed.contenders(workload, "forward", {timed: None}, ["call"])
+    contender.make(*workload.tensors())()
+    assert dtypes == {(torch.bfloat16, expected)}
 
 
 @pytest.mark.interpreted
