@@ -111,7 +111,7 @@ PICTURES = $(MEASURE) plot $(INTO)
 INTO = --results $(RESULTS)
 # In seconds. So all stages together take eight minutes.
 TEST_LIMIT ?= 240
-SPEED_LIMIT ?= 90
+SPEED_LIMIT ?= 120
 NETWORKS_LIMIT ?= 90
 
 gpu-test.file := tests.csv

@@ -256,7 +256,7 @@ def main(arguments: argparse.Namespace) -> list[dict]:
     compared = providers.available()
     if DEVICE.type == "cpu":
         print("NO GPU: these are the errors of torch's CPU code and of what else runs here.")
-    cases = list(itertools.product(arguments.dtypes, arguments.activations))
+    cases = list(itertools.product(arguments.dtypes, dict.fromkeys(arguments.activations)))
     rows = environment.write_csv(
         arguments.results / "accuracy.csv",
         (

@@ -373,7 +373,7 @@ def measure_all(arguments: argparse.Namespace, compared: list[Provider]) -> Iter
     cases = [
         (activation, dtype, name)
         for activation, dtype, name in itertools.product(
-            arguments.activations, arguments.dtypes, MODELS
+            dict.fromkeys(arguments.activations), arguments.dtypes, MODELS
         )
         if MODELS[name].can_have(activation)
     ]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -80,6 +81,16 @@ def add_seeds(parser: argparse.ArgumentParser) -> None:
     add_count(parser, "--seeds", 3, "runs of each network")
 
 
+def add_time_limit(parser: argparse.ArgumentParser, otherwise: str) -> None:
+    """Args: otherwise: what holds where no limit is given, in words."""
+    parser.add_argument(
+        "--time-limit",
+        type=seconds,
+        metavar="SECONDS",
+        help=f"start nothing further after so long; default: {otherwise}",
+    )
+
+
 def add_count(parser: argparse.ArgumentParser, name: str, default: int, of: str) -> None:
     parser.add_argument(
         name, type=count, default=default, metavar="N", help=f"{of}; default: {default}"
@@ -100,6 +111,16 @@ def count(text: str) -> int:
     if not text.isdecimal() or int(text) == 0:
         raise argparse.ArgumentTypeError(f"expected a positive whole number, got {text!r}")
     return int(text)
+
+
+def seconds(text: str) -> float:
+    try:
+        found = float(text)
+    except ValueError:
+        found = math.nan
+    if not 0 < found < math.inf:
+        raise argparse.ArgumentTypeError(f"expected a positive number of seconds, got {text!r}")
+    return found
 
 
 def size(text: str) -> int:

@@ -24,11 +24,11 @@ call moved fewer bytes than the formula says: `torch.compile` saves a byte for R
   on one CPU thread, caches warm.
 
 By default the first dtype at 256 MiB (on a CPU 2^20 elements) and at four sizes from 2^10 to 2^22,
-for which nothing is compiled on a GPU, since that takes most of the time; then the other dtypes at
-256 MiB. --edges measures the first dtype in the other layouts and, on a GPU, 2^30 elements, and
-writes speed_edges.csv. What does not fit into memory or into the time limit gets rows that say so.
-Exit status: 0, 1 if something failed, 2 if it cannot be done, 130 if interrupted; the rows so far
-are kept.
+then the other dtypes at 256 MiB. On a GPU code is compiled for large tensors of the first dtype
+alone, since that takes most of the time. --edges measures the first dtype: on a GPU 2^30 elements,
+then the other layouts; it writes speed_edges.csv. What does not fit into memory or into the time
+limit gets rows that say so. Exit status: 0, 1 if something failed, 2 if it cannot be done, 130 if
+interrupted; the rows so far are kept.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ class Contender:
 
     @contextlib.contextmanager
     def at_work(self) -> Iterator[None]:
-        """Where it is made and takes its turns; what it raises ends its part, and no other's."""
+        """Context for making and timing a contender. An exception inside ends this one only."""
         try:
             with self.provider.selected(), torch.set_grad_enabled(self.autograd):
                 yield
@@ -114,7 +114,14 @@ class Contender:
     def take_turn(self) -> None:
         if self.turn is not None:
             with self.at_work():
-                self.samples += self.turn()
+                before = self.is_bound_by_host()
+                found = self.turn()
+                if self.is_bound_by_host() != before:  # times of the device alone are not alike
+                    self.samples = []
+                self.samples += found
+
+    def is_bound_by_host(self) -> bool:
+        return getattr(self.turn, "is_bound_by_host", False)
 
     def times(self) -> list[float]:
         """Median, 20 % and 80 % quantile, in ms."""
@@ -128,7 +135,7 @@ class Contender:
         host_us = 1e6 * statistics.median(self.turn.host_seconds)
         return {
             "host_us": host_us if self.launch == "call" else "",
-            "bound": "host" if self.turn.is_bound_by_host else "device",
+            "bound": "host" if self.is_bound_by_host() else "device",
         }
 
 
@@ -187,14 +194,15 @@ def measure(
     Args:
         skipped: why nothing is to be measured, if so.
     """
-    tensors = ()
+    tensors, nothing = (), {"skipped": skipped}
     if not skipped:
         try:
             tensors = workload.tensors()
         except Exception as error:
-            if not is_out_of_memory(error):
-                raise
-            skipped = OUT_OF_MEMORY
+            # An error may be what one of another workload has left behind.
+            is_skipped = is_out_of_memory(error)
+            reason = OUT_OF_MEMORY if is_skipped else providers.error_text(error)
+            nothing = {"skipped" if is_skipped else "error": reason}
     torch.compiler.reset()  # compiled code shares one cache, which after 8 entries is not used
     functions = {}
     for provider in compared:
@@ -203,8 +211,8 @@ def measure(
     launches = [name for name in method.turns if name != "graph" or workload.numel() <= SMALL]
     for direction in workload.directions():
         found = contenders(workload, direction, functions, launches)
-        if skipped:
-            found = [dataclasses.replace(one, skipped=skipped) for one in found]
+        if not tensors:
+            found = [dataclasses.replace(one, **nothing) for one in found]
         else:
             for one in found:
                 one.prepare(method, tensors)
@@ -263,7 +271,7 @@ def grid(arguments: argparse.Namespace) -> list[tuple[str, int, str]]:
     contiguous, *others = LAYOUTS
     dtypes, layouts = arguments.dtypes, arguments.layouts or [contiguous]
     if arguments.sizes:
-        return list(itertools.product(dtypes, arguments.sizes, layouts))
+        return list(dict.fromkeys(itertools.product(dtypes, arguments.sizes, layouts)))
     if arguments.full:
         layouts = arguments.layouts or list(LAYOUTS)
         return list(itertools.product(dtypes, (2**n for n in range(10, 31)), layouts))
@@ -271,10 +279,10 @@ def grid(arguments: argparse.Namespace) -> list[tuple[str, int, str]]:
     first = dtypes[0]
     if arguments.edges:
         found = [(first, large[first], layout) for layout in arguments.layouts or others]
-        return [*found, (first, 2**30, contiguous)] if ON_GPU else found
+        return [(first, 2**30, contiguous), *found] if ON_GPU else found
     if arguments.quick:
         sizes = [large[first], 2**14] if ON_GPU else [large[first]]
-        return [(first, numel, layouts[0]) for numel in sizes]
+        return [(first, numel, layout) for layout in layouts for numel in sizes]
     sizes = [2**n for n in (10, 14, 18, 22)]
     found = [
         (first, large[first], layouts[0]),
@@ -286,11 +294,15 @@ def grid(arguments: argparse.Namespace) -> list[tuple[str, int, str]]:
 
 
 def takes_part(provider: Provider, workload: Workload, arguments: argparse.Namespace) -> bool:
-    """On a GPU, where compiling takes most of the time, nothing is compiled for small tensors."""
-    sizes_are_asked_for = arguments.full or arguments.sizes
-    return not (
-        ON_GPU and provider.compiles and not sizes_are_asked_for and workload.bytes() < LARGE
-    )
+    """Whether a provider is timed. On a GPU code is compiled where it says most.
+
+    Compiling takes most of the time there, so it is done for large tensors of the first dtype,
+    unless sizes are asked for.
+    """
+    if not (ON_GPU and provider.compiles) or arguments.full or arguments.sizes:
+        return True
+    is_first = (workload.dtype, workload.layout) == (arguments.dtypes[0], "contiguous")
+    return is_first and workload.bytes() >= LARGE
 
 
 def measure_all(
@@ -300,7 +312,7 @@ def measure_all(
     workloads = [
         Workload(activation, *what)
         for what in grid(arguments)
-        for activation in arguments.activations
+        for activation in dict.fromkeys(arguments.activations)
     ]
     # Graphs are kept, which compiled code that reuses its saved buffers would not allow.
     with torch._functorch.config.patch(donated_buffer=False):
@@ -319,7 +331,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="other layouts, and 2^30 elements on a GPU; writes speed_edges.csv",
     )
     extent.add_argument(
-        "--full", action="store_true", help="every dtype, every 2^n, every layout: an hour or more"
+        "--full", action="store_true", help="every dtype, every 2^n, every layout: many hours"
     )
     options.add_sizes(extent, None, "see above")
     options.add_dtypes(parser, list(DTYPES))
@@ -332,12 +344,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_activations(parser)
     names = [provider.name for provider in (*PROVIDERS, FALLBACK)]
     parser.add_argument("--providers", choices=names, nargs="+", default=names, help="default: all")
-    parser.add_argument(
-        "--time-limit",
-        type=float,
-        metavar="SECONDS",
-        help="start nothing further after so long; default: 150 on a GPU, but for --full",
-    )
+    options.add_time_limit(parser, "150 on a GPU, but for --full")
 
 
 def time_limit(arguments: argparse.Namespace) -> float:

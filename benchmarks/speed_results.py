@@ -88,7 +88,7 @@ class Verdict(NamedTuple):
 
 
 def verdict(own: dict, other: dict) -> Verdict:
-    """Even where the ranges from the 20 % to the 80 % quantile overlap."""
+    """The verdict is `even` where the ranges from the 20 % to the 80 % quantile overlap."""
     word = "even"
     if own["q80"] < other["q20"]:
         word = "faster"
@@ -101,7 +101,11 @@ def verdicts(rows: list[dict]) -> list[tuple[tuple, dict, dict[str, Verdict]]]:
     """What was compared, the row of the best alternative, and what that makes of each of ours."""
     found = []
     for compared, by_provider in by_comparison(rows).items():
-        timed = {name: row for name, row in by_provider.items() if row["samples"]}
+        timed = {
+            name: row
+            for name, row in by_provider.items()
+            if row["samples"] and row.get("bound") != "host"
+        }
         ours = [name for name in timed if name in OURS]
         others = [row for name, row in timed.items() if name not in OURS and name != COPY.name]
         if ours and others:

@@ -157,6 +157,8 @@ class GpuTurn:
             start, end, was_late = self.one_run()
             if was_late and not self.is_bound_by_host:
                 self.wait_longer()
+                if self.is_bound_by_host:  # times with a wait and without one are not alike
+                    timed.clear()
             else:
                 timed.append((start, end))
         self.queue.synchronize()

@@ -49,7 +49,7 @@ LAYOUTS = {
 
 
 def with_channels(numel: int) -> tuple[int, int, int, int]:
-    """A shape of images: up to 256 channels of up to 1024 pixels, but for what does not divide."""
+    """A shape of images with up to 256 channels of up to 1024 pixels, rounded down."""
     channels = max(1, min(256, numel // 64))
     pixels = min(1024, numel // channels)
     return numel // (channels * pixels), channels, pixels // 16, 16

@@ -89,6 +89,32 @@ def test_input_that_does_not_fit_is_skipped(monkeypatch):
     assert rows["one"]["skipped"] == "out of memory"
 
 
+def test_an_error_that_another_workload_left_behind_does_not_end_the_run(monkeypatch):
+    monkeypatch.setattr(Workload, "tensors", raise_value_error)
+    rows = measure({"one": CLOCK.taking(0.002)})
+    assert rows["one"]["error"] == rows["copy"]["error"] == "ValueError: first line"
+    assert rows["one"]["samples"] == 0
+
+
+def test_samples_of_the_device_and_of_the_host_are_not_mixed(monkeypatch):
+    """The call begins to wait for the GPU after the first turns."""
+    calls = []
+
+    def call_in(queue):
+        def call(x):
+            calls.append(None)
+            queue.launch(554e-6, 318e-6)
+            if len(calls) > 12:
+                queue.synchronize()
+            return x.clone()
+
+        return call
+
+    row = timed_on_a_gpu(monkeypatch, call_in, ["call"])["one", "call"]
+    assert row["bound"] == "host"
+    assert row["q20"] > 0.5  # no sample of the first turn
+
+
 def test_small_tensors_run_in_graphs_too_but_not_backward_through_autograd():
     method = Method(dict.fromkeys(("call", "graph"), CLOCK.turn), 1, 0.001)
     found = {
@@ -346,10 +372,12 @@ def test_grid(monkeypatch):
     assert {numel for dtype, numel, _ in default if dtype == "bf16"} >= {2**10, 2**22}
     assert {layout for _, _, layout in default} == {"contiguous"}
     assert grid("--edges") == [
-        *(("bf16", 2**27, layout) for layout in ("channels_last", "odd", "misaligned")),
         ("bf16", 2**30, "contiguous"),
+        *(("bf16", 2**27, layout) for layout in ("channels_last", "odd", "misaligned")),
     ]  # fmt: skip
     assert len(grid("--quick")) == 2
+    assert len(grid("--quick", "--layouts", "odd", "misaligned")) == 4
+    assert grid("--sizes", "2^10", "1024", "--dtypes", "fp32") == [("fp32", 1024, "contiguous")]
     assert len(grid("--full")) == 21 * len(DTYPES) * len(workloads.LAYOUTS)
     assert grid("--sizes", "2^20", "1000", "--dtypes", "fp32") == [
         ("fp32", 2**20, "contiguous"), ("fp32", 1000, "contiguous"),
@@ -364,21 +392,24 @@ def test_grid(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("options", "on_gpu", "numel", "expected"),
+    ("options", "on_gpu", "what", "expected"),
     [
-        ((), True, 2**14, False),
-        ((), True, 2**27, True),
-        ((), False, 2**14, True),
-        (("--full",), True, 2**14, True),
-        (("--sizes", "2^14"), True, 2**14, True),
+        ((), True, ("bf16", 2**14, "contiguous"), False),
+        ((), True, ("bf16", 2**27, "contiguous"), True),
+        ((), True, ("fp32", 2**27, "contiguous"), False),
+        ((), True, ("bf16", 2**27, "odd"), False),
+        (("--dtypes", "fp32"), True, ("fp32", 2**27, "contiguous"), True),
+        ((), False, ("fp32", 2**14, "odd"), True),
+        (("--full",), True, ("fp32", 2**14, "odd"), True),
+        (("--sizes", "2^14"), True, ("fp32", 2**14, "odd"), True),
     ],
 )
-def test_nothing_is_compiled_for_small_tensors_on_a_gpu(
-    monkeypatch, options, on_gpu, numel, expected
+def test_on_a_gpu_large_tensors_of_the_first_dtype_are_compiled(
+    monkeypatch, options, on_gpu, what, expected
 ):
     monkeypatch.setattr(speed, "ON_GPU", on_gpu)
     arguments = parse(["speed", *options])
-    workload = Workload(ROWS["mish"], "bf16", numel, "contiguous")
+    workload = Workload(ROWS["mish"], *what)
     compiled, eager = (provider_called(name) for name in ("compile(aten)", "aten"))
     assert speed.takes_part(compiled, workload, arguments) is expected
     assert speed.takes_part(eager, workload, arguments)

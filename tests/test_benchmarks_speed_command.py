@@ -56,9 +56,25 @@ def test_what_is_too_large_or_too_late_gets_rows_that_say_so(compare, tmp_path, 
     assert skipped.startswith("over the cap: 24 such tensors take 98304 of")
     assert f"rows skipped: {skipped}" in capsys.readouterr().out
 
-    assert compare(*ALL_EAGER, "--time-limit", "-1") == 0
+    assert compare(*ALL_EAGER, "--time-limit", "1e-9") == 0
     (skipped,) = {row["skipped"] for row in read_csv(tmp_path / "speed.csv")}
     assert skipped == "over the time limit"
+
+
+@pytest.mark.parametrize("limit", ["0", "-1", "nan", "inf", "soon"])
+def test_a_time_limit_that_is_none_is_refused(compare, capsys, tmp_path, limit):
+    (tmp_path / "speed.csv").write_text("older")
+    assert compare(f"--time-limit={limit}") == 2
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert message.endswith(f"expected a positive number of seconds, got {limit!r}")
+    assert (tmp_path / "speed.csv").read_text() == "older"
+
+
+def test_a_name_given_twice_is_measured_once(compare, tmp_path):
+    options = ("--providers", "aten", "--activations", "mish", "mish", *ALL_EAGER[:4])
+    assert compare(*options) == 0
+    rows = read_csv(tmp_path / "speed.csv")
+    assert len(rows) == len({tuple(row.values())[:8] for row in rows}) > 0
 
 
 def test_a_failure_ends_with_status_1_after_the_others(monkeypatch, compare, tmp_path):

