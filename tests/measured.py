@@ -33,13 +33,18 @@ def percent(share: float) -> str:
 
 
 def speed(api: str, size: int) -> dict[tuple[str, ...], dict]:
-    """Rows of contiguous tensors of so many bytes, by activation, dtype, direction, provider."""
+    """Rows of contiguous tensors of so many bytes, by activation, dtype, direction, provider.
+
+    `make gpu-edges` writes those of the largest tensors into a file of their own.
+    """
     from benchmarks.plot import tensor_bytes
     from benchmarks.speed_results import quotable
 
     return {
         tuple(row[key] for key in ("activation", "dtype", "direction", "provider")): row
-        for row in read_csv(H200 / "speed.csv")
+        for path in (H200 / "speed.csv", H200 / "speed_edges.csv")
+        if path.exists()
+        for row in read_csv(path)
         if quotable(row)
         and (row["api"], row["layout"]) == (api, "contiguous")
         and tensor_bytes(row) == size
