@@ -15,9 +15,12 @@ A figure of ours is worse where it passes its threshold:
   1 % of torch's.
 - tests.csv: a test fails in NEW, also where it did in OLD.
 
-An error in any row of NEW is a failure, and so is a run that was cut off, which has left a
-`.partial.csv` that no newer complete file replaces. What only one of both has is listed, and fails
-nothing. Between a folder and itself only failures are judged.
+An error in any row of NEW is a failure, and so is a row that was measured in OLD and ran out of
+memory in NEW, and a run that was cut off, which has left a `.partial.csv` that no newer complete
+file replaces. What only one of both has is listed and fails nothing, so that the folder of a run of
+one kind can be compared; only a tests.csv that NEW lacks is a failure. The last line says how many
+of the rows that OLD has of ours were compared. Between a folder and itself only failures are
+judged.
 
 Exit status: 0; 1 if anything got worse or failed; 2 if nothing can be compared.
 """
@@ -35,6 +38,7 @@ from typing import NamedTuple
 from benchmarks import environment, options
 from benchmarks.networks import of_today
 from benchmarks.providers import OURS
+from benchmarks.speed import OUT_OF_MEMORY
 from benchmarks.speed_results import comparison, quotable
 
 WORSE, BETTER, EVEN, FAILED, NOT_COMPARED = "worse", "better", "even", "failed", "not compared"
@@ -250,9 +254,10 @@ NETWORKS = Kind(
     network_rows,
     lambda row: row["mode"].startswith("fused"),
 )
+TESTS = "tests.csv"
 COUNTS = "ours.csv"  # read in machine code: it says nothing of the machine that it was read on
 KINDS = {
-    "tests.csv": Kind(("test",), test, test_rows, lambda row: True),
+    TESTS: Kind(("test",), test, test_rows, lambda row: True),
     "speed.csv": SPEED,
     "speed_edges.csv": SPEED,
     "networks.csv": NETWORKS,
@@ -307,6 +312,7 @@ def findings(kind: Kind, old: list[dict], new: list[dict]) -> Iterator[Finding]:
     """
     old, new = kind.read(old), kind.read(new)
     columns = [name for name in kind.columns if all(name in row for row in (*old, *new))]
+    new = with_lost(old, new, columns)
     yield from failures(new, columns)
     before, after = by_name(kind, old, columns), by_name(kind, new, columns)
     for where in before | after:
@@ -320,6 +326,22 @@ def findings(kind: Kind, old: list[dict], new: list[dict]) -> Iterator[Finding]:
         else:
             found = kind.judge(rows[0], new_rows[0])
         yield from (each._replace(where=where) for each in found)
+
+
+def with_lost(old: list[dict], new: list[dict], columns: Sequence[str]) -> list[dict]:
+    """The rows of NEW; what ran out of memory there, and did not in OLD, has an error.
+
+    This also holds for torch's rows, without which nothing in their cell can be judged.
+    """
+    measured = {
+        name_of(row, columns) for row in old if not (row.get("skipped") or row.get("error"))
+    }
+
+    def is_lost(row: dict) -> bool:
+        return OUT_OF_MEMORY in (row.get("skipped") or "") and name_of(row, columns) in measured
+
+    error = f"{OUT_OF_MEMORY}, and OLD measured it"
+    return [row | {"error": error} if is_lost(row) else row for row in new]
 
 
 def failures(rows: list[dict], columns: Sequence[str]) -> Iterator[Finding]:
@@ -398,6 +420,13 @@ def select(found: dict[str, list[Finding]], *verdicts: str) -> list[tuple[str, F
     return sorted(chosen, key=lambda pair: pair[1].change, reverse=True)
 
 
+def missing(name: str) -> list[Finding]:
+    """The findings on a file that OLD has and NEW lacks: only tests have to be run every time."""
+    if name != TESTS:
+        return []
+    return [Finding("tests", "all tests", "", "NEW has no such file; run them", FAILED)]
+
+
 def print_findings(found: dict[str, list[Finding]]) -> None:
     for title, verdict, limit in (
         ("failed in NEW", FAILED, math.inf),
@@ -427,10 +456,14 @@ def main(arguments: argparse.Namespace) -> list[dict]:
     if len(devices) > 1:
         environment.refuse(f"expected results of one GPU, got {' and '.join(devices)}")
     print(f"OLD {arguments.old}: {commits(old)}\nNEW {arguments.new}: {commits(new)}")
-    found = {}
+    found, rows = {}, {}
     for name, kind in KINDS.items():
         try:
-            found[name] = list(findings(kind, old.get(name, []), new.get(name, [])))
+            rows[name] = sum(map(kind.is_ours, kind.read(old.get(name, []))))
+            if rows[name] and name not in new:
+                found[name] = missing(name)
+            else:
+                found[name] = list(findings(kind, old.get(name, []), new.get(name, [])))
         except KeyError as error:
             environment.refuse(f"expected a column {error} in {name}, got none")
         except ValueError as error:
@@ -446,7 +479,14 @@ def main(arguments: argparse.Namespace) -> list[dict]:
     worse, better, failed = (len(select(found, each)) for each in (WORSE, BETTER, FAILED))
     if not figures and not failed:
         environment.refuse("expected figures of ours in both folders, got none to compare")
-    summary = f"figures: {figures}, worse: {worse}, better: {better}, failures: {failed}"
+    for name, count in rows.items():
+        if count and name not in new:
+            print(f"\nNEW has no {name}: {count} rows of OLD were not compared")
+    compared = len({(name, each.where) for name, each in select(found, *COMPARED)})
+    summary = (
+        f"{compared} of {sum(rows.values())} rows of OLD were compared; "
+        f"figures: {figures}, worse: {worse}, better: {better}, failures: {failed}"
+    )
     bad = worse + failed
     print(f"\ncompare: {'FAILED' if bad else 'passed'}: {summary}")
     return [{"error": summary}] if bad else []

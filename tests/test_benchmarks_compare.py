@@ -361,7 +361,8 @@ def test_a_test_that_fails_is_a_line_of_its_own(write, verdict):
     assert "failed in NEW (3)" in output
     for i in (1, 2, 3):
         assert f"\n  tests.csv: test_{i}: AssertionError: no\n" in output
-    assert output.endswith("compare: FAILED: figures: 1, worse: 0, better: 0, failures: 3\n")
+    last = "1 of 3 rows of OLD were compared; figures: 1, worse: 0, better: 0, failures: 3"
+    assert output.splitlines()[-1] == f"compare: FAILED: {last}"
     write("new", "tests.csv", *tests[:2], tests[2] | {"outcome": "error"})
     ended, output = verdict()
     assert ended == 1
@@ -397,17 +398,95 @@ def test_what_is_missing_or_skipped_is_listed_by_reason_and_fails_nothing(write,
     rows = [SPEED | {"numel": 2**27 + i} for i in range(4)]
     skipped = {"median": "", "share_of_copy": "", "skipped": "over the time limit"}
     write("old", "speed.csv", *rows)
-    write("old", "memory.csv", MEMORY)
     write("new", "speed.csv", rows[0], *(row | skipped for row in rows[1:3]))
+    write("new", "memory.csv", MEMORY)
     ended, output = verdict()
     assert ended == 0
     reasons = output.partition("not compared, by reason (3)\n")[2].splitlines()[:3]
     assert reasons == [
         "  speed.csv, 2: NEW skipped it: over the time limit",
         "  speed.csv, 1: NEW has no such row",
-        "  memory.csv, 1: NEW has no such row",
+        "  memory.csv, 1: OLD has no such row",
     ]
     assert "OLD skipped it: over the time limit" in verdict("new", "old")[1]
+
+
+OUT_OF_MEMORY = {"median": "", "share_of_copy": "", "skipped": "out of memory"}
+
+
+def test_what_was_measured_and_runs_out_of_memory_fails(write, verdict):
+    rows = [SPEED | {"numel": 2**27 + i} for i in range(4)]
+    lost = [row | OUT_OF_MEMORY for row in rows]
+    write("old", "speed.csv", *rows)
+    write("new", "speed.csv", rows[0], *lost[1:])
+    ended, output = verdict()
+    assert ended == 1
+    assert "failed in NEW (1)" in output
+    where = f"cuda mish forward bf16 {2**27 + 1} contiguous kernel call, and 2 more"
+    assert f"  speed.csv: {where}: out of memory, and OLD measured it\n" in output
+    assert verdict("new", "old")[0] == 0
+    assert verdict("new", "new")[0] == 0
+
+
+@pytest.mark.parametrize("fields", [OUT_OF_MEMORY, {"skipped": "over"}, {"error": "no"}], ids=repr)
+def test_what_was_not_measured_in_old_may_run_out_of_memory(write, verdict, fields):
+    other = SPEED | {"numel": 2**28}
+    write("old", "speed.csv", SPEED, other | {"median": "", "share_of_copy": ""} | fields)
+    write("new", "speed.csv", SPEED, other | OUT_OF_MEMORY, SPEED | {"numel": 1} | OUT_OF_MEMORY)
+    ended, output = verdict()
+    assert ended == 0
+    assert "NEW skipped it: out of memory" in output
+
+
+def test_a_network_is_lost_where_torchs_modules_run_out_of_memory(write, verdict):
+    nothing = {"ms": "", "min": "", "step_gb": "", "skipped": "out of memory"}
+    write("old", "networks.csv", TORCH, FUSED)
+    write("new", "networks.csv", TORCH | nothing, FUSED)
+    ended, output = verdict()
+    assert ended == 1
+    line = "resnet50 mish batch 128 training torch: out of memory, and OLD measured it"
+    assert f"  networks.csv: {line}\n" in output
+
+
+def test_a_file_that_new_lacks_is_a_line_before_the_verdict_and_fails_nothing(write, verdict):
+    write("old", "speed.csv", *(SPEED | {"numel": 2**27 + i} for i in range(3)))
+    write("old", "networks.csv", TORCH, FUSED)
+    write("old", "memory.csv", MEMORY | {"provider": "aten"})  # nothing of ours
+    write("new", "networks.csv", TORCH, FUSED)
+    ended, output = verdict()
+    assert ended == 0
+    assert "not compared, by reason" not in output
+    lines = output.splitlines()
+    assert lines[-3] == "NEW has no speed.csv: 3 rows of OLD were not compared"
+    assert lines[-1].startswith("compare: passed: 1 of 4 rows of OLD were compared; figures: 2, ")
+    assert "memory.csv" not in output
+    ended, output = verdict("new", "old")
+    assert ended == 0
+    assert "NEW has no" not in output
+    assert "speed.csv, 3: OLD has no such row" in output
+
+
+def test_tests_that_new_lacks_fail(write, verdict):
+    write("old", "speed.csv", SPEED)
+    write("old", "tests.csv", TEST)
+    write("new", "speed.csv", SPEED)
+    ended, output = verdict()
+    assert ended == 1
+    assert "failed in NEW (1)\n  tests.csv: all tests: NEW has no such file; run them\n" in output
+    assert "\nNEW has no tests.csv: 1 rows of OLD were not compared\n" in output
+    assert output.splitlines()[-1].endswith("worse: 0, better: 0, failures: 1")
+    assert verdict("new", "old")[0] == 0
+
+
+def test_the_last_line_says_how_much_of_old_was_compared(write, verdict):
+    rows = [SPEED | {"numel": 2**20 * (i + 1)} for i in range(6)]  # the first four: the host's
+    write("old", "speed.csv", *rows, SPEED | {"provider": "naive"})
+    write("old", "memory.csv", MEMORY)
+    write("new", "speed.csv", *rows[:-1], SPEED | {"numel": 2**28})
+    write("new", "memory.csv", MEMORY)
+    _, output = verdict()
+    last = "compare: passed: 2 of 7 rows of OLD were compared; figures: 3, worse: 0, "
+    assert output.splitlines()[-1].startswith(last)
 
 
 def test_rows_that_nothing_tells_apart_are_not_compared(write, verdict):
@@ -438,6 +517,16 @@ def test_a_run_that_was_cut_off_fails(write, verdict):
     assert "speed.partial.csv: the run: it was cut off; run it again" in output
     assert "95.0% -> 50.0%" in output  # its rows are judged
     assert "worse: 1, better: 0, failures: 1" in output
+
+
+def test_a_last_row_that_was_cut_off_is_no_traceback(write, verdict):
+    write("old", "speed.csv", SPEED)
+    path = write("new", "speed.partial.csv", SPEED)
+    with path.open("a") as file:
+        file.write("cuda,mish,bf16")
+    ended, output = verdict()
+    assert ended == 1
+    assert "1 of 1 rows of OLD were compared" in output
 
 
 @pytest.mark.parametrize(
@@ -527,5 +616,5 @@ def test_an_h200_after_the_kernels_were_tuned(capsys):
     output = capsys.readouterr().out
     assert "figures compared on NVIDIA H200: 77 in speed.csv, 8 in networks.csv" in output
     assert "cuda relu6 backward fp32 2^26 contiguous kernel call" in output
-    last = "compare: passed: figures: 85, worse: 0, better: 28, failures: 0"
-    assert output.splitlines()[-1] == last
+    last = "81 of 690 rows of OLD were compared; figures: 85, worse: 0, better: 28, failures: 0"
+    assert output.splitlines()[-1] == f"compare: passed: {last}"
