@@ -4,16 +4,21 @@
 
 A figure of ours is worse where it passes its threshold:
 
-- speed.csv, speed_edges.csv: a share of a copy fell by more than 0.02; only times of the device
+- speed.csv, speed_edges.csv: a share of a copy fell by more than 0.02, and its ranges in OLD and
+  NEW, from the 20 % to the 80 % quantile of the time, do not overlap; only times of the device
   count. Where both have `host_us`, a call costs the host over 20 % and 2 µs more than it did, after
   both are set beside torch's op in the same file, so that a slower host is not our fault.
 - ours.csv: instructions of an element, registers or spills of a kernel rose at all.
 - memory.csv: saved or peak bytes rose by more than 0.5 %.
 - accuracy.csv: the largest error rose by more than 1 %.
 - networks.csv, networks_compiled.csv: beside torch's modules in the same file both the median and
-  the least time of a step rose by more than 2 %, or its memory, less that of torch's, by more than
-  1 % of torch's.
+  the least time of a step rose by more than 2 %, and its ranges from the 20 % to the 80 % quantile
+  do not overlap. It has to be more than 10 % where the host bounds the step in OLD or NEW, and
+  where nobody knows, as on a CPU: the time of the host scatters. Or the memory of a step, less that
+  of torch's, rose by more than 1 % of torch's.
 - tests.csv: a test fails in NEW, also where it did in OLD.
+
+Better is what would be worse from NEW to OLD. Ranges count where both rows have the quantiles.
 
 An error in any row of NEW is a failure, and so is a row that was measured in OLD and ran out of
 memory in NEW, and a run that was cut off, which has left a `.partial.csv` that no newer complete
@@ -47,6 +52,7 @@ FAILURES = ("failed", "error")  # outcomes of a test
 SHARE_OF_COPY = 0.02
 HOST_RATIO, HOST_US = 1.2, 2.0
 BYTES, ULP, NETWORK_TIME, NETWORK_MEMORY = 1.005, 1.01, 1.02, 0.01
+NETWORK_TIME_OF_HOST = 1.1  # on a CPU two runs of the same code differed by 4 % and more
 SAME_NETWORK = 0.05  # by how much torch's memory of a step may differ in the same network
 SAME_INPUTS = 0.01  # and the number of inputs: a search of more finds a larger error
 LISTED = 12  # lines of what got better, and of what could not be compared
@@ -81,8 +87,20 @@ def more_than(ratio: float) -> Callable[[Numbers, Numbers], bool]:
     return lambda old, new: all(after > ratio * before for before, after in zip(old, new))
 
 
+def is_below(low: tuple[float, ...], high: tuple[float, ...]) -> bool:
+    """Whether one range ends before the other begins; one that is empty is not known."""
+    return not low or not high or low[1] < high[0]
+
+
 def share_fell(old: Numbers, new: Numbers) -> bool:
-    return old[0] - new[0] > SHARE_OF_COPY
+    """Args: old, new: the share, and its range where that is known."""
+    return old[0] - new[0] > SHARE_OF_COPY and is_below(new[1:], old[1:])
+
+
+def slower_by(ratio: float) -> Callable[[Numbers, Numbers], bool]:
+    """Of median, least, and the range where that is known."""
+    rose = more_than(ratio)
+    return lambda old, new: rose(old[:2], new[:2]) and is_below(old[2:], new[2:])
 
 
 def host_rose(old: Numbers, new: Numbers) -> bool:
@@ -119,13 +137,21 @@ def not_compared(reason: str) -> Finding:
 
 def speed(old: dict, new: dict) -> Iterator[Finding]:
     if quotable(old) and quotable(new):
-        shares = (numbers(row, "share_of_copy") for row in (old, new))
-        yield from judged("share of a copy", *shares, share_fell, "{:.1%}")
+        yield from judged("share of a copy", share(old), share(new), share_fell, "{:.1%}")
     else:
         yield not_compared("the time is the host's")
     if (new["api"], new["launch"]) == ("public", "call"):
         costs = (numbers(row, "host_us", "base_host_us") for row in (old, new))
         yield from judged("time of the host", *costs, host_rose, "{:.1f} µs (torch's op {:.1f})")
+
+
+def share(row: dict) -> Numbers:
+    """The share of a copy, and its range from the slowest to the fastest of the usual runs."""
+    found, times = numbers(row, "share_of_copy"), numbers(row, "median", "q20", "q80")
+    if found is None or times is None or 0 in times:
+        return found
+    median, q20, q80 = times
+    return *found, found[0] * median / q80, found[0] * median / q20
 
 
 def instructions(old: dict, new: dict) -> Iterator[Finding]:
@@ -156,8 +182,9 @@ def network(old: dict, new: dict) -> Iterator[Finding]:
         reason = f"torch's step takes {before:.3f} GiB in OLD, {after:.3f} in NEW"
         yield not_compared(f"{new['net']} is not the same network: {reason}")
         return
-    times = (beside_torch(row, "ms", "min") for row in (old, new))
-    yield from judged("time, of torch's", *times, more_than(NETWORK_TIME), "{:.3f} (least {:.3f})")
+    is_slower = slower_by(max(time_threshold(old), time_threshold(new)))
+    times = (beside_torch(row) for row in (old, new))
+    yield from judged("time, of torch's", *times, is_slower, "{:.3f} (least {:.3f})")
     sizes = (numbers(row, "step_gb", "base_step_gb") for row in (old, new))
     yield from judged("memory", *sizes, grew, "{:.3f} GiB (torch's {:.3f})")
 
@@ -171,12 +198,19 @@ def differ(old: Numbers, new: Numbers, share: float) -> bool:
     return None not in (old, new) and abs(new[0] - old[0]) > share * old[0]
 
 
-def beside_torch(row: dict, *columns: str) -> Numbers:
-    ours = numbers(row, *columns)
-    base = numbers(row, *(f"base_{column}" for column in columns))
+def beside_torch(row: dict) -> Numbers:
+    """Median and least time of a step, of torch's, and the range where the row has one."""
+    ours, base = numbers(row, "ms", "min"), numbers(row, "base_ms", "base_min")
     if ours is None or base is None or 0 in base:
         return None
-    return tuple(own / torchs for own, torchs in zip(ours, base))
+    spread = numbers(row, "q20", "q80") or ()
+    median = base[0]
+    return ours[0] / median, ours[1] / base[1], *(quantile / median for quantile in spread)
+
+
+def time_threshold(row: dict) -> float:
+    """A GPU keeps time better than a host; where nobody knows which it was, it may be the host."""
+    return NETWORK_TIME if row.get("bound") == "device" else NETWORK_TIME_OF_HOST
 
 
 # How the rows of each kind are read: what they are called, and what stands beside them.
