@@ -7,7 +7,7 @@ A figure of ours is worse where it passes its threshold:
 - speed.csv, speed_edges.csv: a share of a copy fell by more than 0.02, and its ranges in OLD and
   NEW, from the 20 % to the 80 % quantile of the time, do not overlap; only times of the device
   count. Where both have `host_us`, a call costs the host over 20 % and 2 µs more than it did, after
-  both are set beside torch's op in the same file, so that a slower host is not our fault.
+  both are set beside torch's op in the same file, so a slower host does not count as a regression.
 - ours.csv: instructions of an element, registers or spills of a kernel rose at all.
 - memory.csv: saved or peak bytes rose by more than 0.5 %.
 - accuracy.csv: the largest error rose by more than 1 %.
