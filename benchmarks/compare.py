@@ -24,8 +24,8 @@ An error in any row of NEW is a failure, and so is a row that was measured in OL
 memory in NEW, and a run that was cut off, which has left a `.partial.csv` that no newer complete
 file replaces. What only one of both has is listed and fails nothing, so that the folder of a run of
 one kind can be compared; only a tests.csv that NEW lacks is a failure. The last line says how many
-of the rows that OLD has of ours were compared. Between a folder and itself only failures are
-judged.
+of the rows that OLD has of ours were compared. Of rows that nothing tells apart the last one is
+compared. Between a folder and itself only failures are judged.
 
 Exit status: 0; 1 if anything got worse or failed; 2 if nothing can be compared.
 """
@@ -318,10 +318,26 @@ def name_of(row: dict, columns: Sequence[str]) -> str:
     return " ".join(filter(None, (SHOWN.get(column, str)(value) for column, value in cells)))
 
 
-def by_name(kind: Kind, rows: list[dict], columns: Sequence[str]) -> dict[str, list[dict]]:
-    """The rows that are judged; of each name there should be one."""
+def rows_of_ours(kind: Kind, rows: list[dict]) -> list[dict]:
+    """The rows that are judged, of those that are the same in all columns of `kind` the last one.
+
+    A name that is given twice on the command line gives such rows. Each is a whole measurement, so
+    nothing is lost by taking one, and `with_base` takes the last one of torch's, too. The least or
+    the best would flatter the file that has more of them.
+    """
+    columns = [name for name in kind.columns if all(name in row for row in rows)]
+    last = {tuple(row[name] for name in columns): row for row in filter(kind.is_ours, rows)}
+    return list(last.values())
+
+
+def by_name(rows: list[dict], columns: Sequence[str]) -> dict[str, list[dict]]:
+    """The rows of each name, which should be one.
+
+    They are more where the file has another column that tells them apart, and the other file lacks
+    it: then nobody knows which one is to be compared.
+    """
     found = {}
-    for row in filter(kind.is_ours, rows):
+    for row in rows:
         found.setdefault(name_of(row, columns), []).append(row)
     return found
 
@@ -348,7 +364,7 @@ def findings(kind: Kind, old: list[dict], new: list[dict]) -> Iterator[Finding]:
     columns = [name for name in kind.columns if all(name in row for row in (*old, *new))]
     new = with_lost(old, new, columns)
     yield from failures(new, columns)
-    before, after = by_name(kind, old, columns), by_name(kind, new, columns)
+    before, after = (by_name(rows_of_ours(kind, rows), columns) for rows in (old, new))
     for where in before | after:
         rows, new_rows = before.get(where, []), after.get(where, [])
         if any(row.get("error") for row in new_rows):
@@ -493,7 +509,7 @@ def main(arguments: argparse.Namespace) -> list[dict]:
     found, rows = {}, {}
     for name, kind in KINDS.items():
         try:
-            rows[name] = sum(map(kind.is_ours, kind.read(old.get(name, []))))
+            rows[name] = len(rows_of_ours(kind, kind.read(old.get(name, []))))
             if rows[name] and name not in new:
                 found[name] = missing(name)
             else:

@@ -594,12 +594,46 @@ def test_the_last_line_says_how_much_of_old_was_compared(write, verdict):
     assert output.splitlines()[-1].startswith(last)
 
 
-def test_rows_that_nothing_tells_apart_are_not_compared(write, verdict):
-    write("old", "speed.csv", SPEED, SPEED | {"numel": 2**28})
-    write("new", "speed.csv", SPEED, SPEED | {"share_of_copy": 0.5}, SPEED | {"numel": 2**28})
+@pytest.mark.parametrize(("shares", "worse"), [((0.5, 0.95), 0), ((0.95, 0.5), 1)])
+def test_of_rows_that_nothing_tells_apart_the_last_one_is_compared(write, verdict, shares, worse):
+    write("old", "speed.csv", SPEED)
+    write("new", "speed.csv", *(SPEED | {"share_of_copy": share} for share in shares))
+    ended, output = verdict()
+    assert ended == worse
+    last = f"1 of 1 rows of OLD were compared; figures: 1, worse: {worse}, better: 0, failures: 0"
+    assert output.splitlines()[-1].endswith(last)
+    ended, output = verdict("new", "old")
+    assert ended == 0
+    last = f"1 of 1 rows of OLD were compared; figures: 1, worse: 0, better: {worse}, failures: 0"
+    assert output.splitlines()[-1].endswith(last)
+
+
+def test_of_torchs_rows_that_nothing_tells_apart_the_last_one_counts(write, verdict):
+    slower = {"ms": 80.0, "min": 40.0}
+    write("old", "networks.csv", FUSED, TORCH)
+    write("new", "networks.csv", FUSED, FUSED | {"ms": 40.0, "min": 20.0}, TORCH, TORCH | slower)
     ended, output = verdict()
     assert ended == 0
-    assert "speed.csv, 1: NEW has more than one such row" in output
+    assert output.splitlines()[-1].endswith("figures: 2, worse: 0, better: 0, failures: 0")
+
+
+def test_an_error_in_the_first_of_such_rows_fails(write, verdict):
+    write("old", "speed.csv", SPEED)
+    write("new", "speed.csv", SPEED | {"share_of_copy": "", "median": "", "error": "no"}, SPEED)
+    ended, output = verdict()
+    assert ended == 1
+    assert output.splitlines()[-1].endswith("figures: 1, worse: 0, better: 0, failures: 1")
+
+
+def test_rows_that_a_column_tells_apart_which_old_lacks_are_not_compared(write, verdict):
+    old = {key: COUNTS[key] for key in COUNTS if key != "capability"}
+    write("old", "ours.csv", old, old | {"provider": "triton"})
+    other = COUNTS | {"capability": 80, "registers": 99}
+    write("new", "ours.csv", COUNTS, other, COUNTS | {"provider": "triton"})
+    ended, output = verdict()
+    assert ended == 0
+    assert "ours.csv, 1: NEW has more than one such row" in output
+    assert ": 1 of 2 rows of OLD were compared" in output
 
 
 def test_failures_count_in_files_that_old_does_not_have(write, verdict):
