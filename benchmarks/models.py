@@ -62,7 +62,7 @@ class Network:
         return shape[0] if self.unit() == "images" else math.prod(shape[:2])
 
     def made(self) -> nn.Module:
-        """It, on the device; the same weights each time."""
+        """The network on the device, with the same weights each time."""
         torch.manual_seed(0)
         with torch.device(DEVICE):
             network = self.build()
@@ -79,6 +79,40 @@ class Network:
             inputs = inputs.to(memory_format=torch.channels_last)
         targets = which(size=shape[: 1 if self.unit() == "images" else 2])
         return inputs.to(DEVICE), targets.to(DEVICE)
+
+    def made_and_batch(self) -> tuple[nn.Module, tuple[Tensor, Tensor]]:
+        """Both, and the norms of the network have met the batch."""
+        network, batch = self.made(), self.batch()
+        meet(network, few(batch)[0])
+        return network, batch
+
+
+def few(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """The first samples of a batch, enough to see what a network computes: images, or tokens."""
+    if batch[0].dim() == 4:
+        return batch[0][:4], batch[1][:4]
+    return batch[0][:1, :64], batch[1][:1, :64]
+
+
+def batch_norms(network: nn.Module) -> list[nn.Module]:
+    return [each for each in network.modules() if isinstance(each, nn.modules.batchnorm._BatchNorm)]
+
+
+@torch.no_grad()
+def meet(network: nn.Module, inputs: Tensor) -> None:
+    """Give batch norms the statistics of `inputs`, as training would.
+
+    With those that they begin with, values shrink from layer to layer, and what inference computes
+    hardly depends on the activations.
+    """
+    norms = batch_norms(network)
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.momentum = 1.0
+    if norms:
+        network.train()(inputs)
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
 
 
 class LogitsAlone(nn.Module):

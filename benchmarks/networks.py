@@ -10,15 +10,21 @@ step, each round in another order, so that heat, clocks and other users meet all
 - fused remat, fused remat norm: `rematerialize()` around forward, without and with `norm`.
 - checkpoint: torch's modules, with `torch.utils.checkpoint` around every block of the network.
 - training is a step: zero_grad, forward, cross-entropy, backward, SGD with momentum. inference is
-  forward alone in `torch.inference_mode`; what saves memory for backward does not take part.
+  forward alone in `torch.inference_mode`; modes that only save memory for backward are left out.
 - On a GPU bf16 autocast and, for images, channels_last; on a CPU fp32, on one thread.
 
 ms is the wall time of a step, median and least of all rounds, the GPU idle before and after. On a
 GPU device_ms is what its kernels take in a step; where that is less than 90 % of ms, the host
 bounds the step. step_gb is the most that is allocated in a step beyond what was before; peak_gb is
 that and what the mode itself holds: parameters, buffers, the state of the optimizer, the batch. GB
-are 2^30 bytes. loss is that of the third step, the same for all modes but for rounding: a mode that
-is further off has an error.
+are 2^30 bytes.
+
+Before it is timed, each mode has to compute what torch's own modules do: of a few samples, in fp32
+without autocast, the outputs of inference and, in training, the gradients. Where either is more
+than 0.01 of its size off torch's, the row has an error, and its times all the same. The loss of the
+third step is a column; where it is more than 5 % off torch's, that is an error too. It shows what
+fails in bf16 or in compiled networks, of which nothing else is compared, but it hardly shows a
+wrong activation: the loss of a network that was never trained depends little on them.
 
 Without a GPU the small networks of benchmarks/small_networks.py run, and the large ones only where
 --networks names them, in small batches. With --compiled, torch and fused are compiled by
@@ -58,6 +64,8 @@ ON_GPU = DEVICE.type == "cuda"
 TRAINING, INFERENCE = "training", "inference"
 GIB = 2**30
 WARM_UP = 3  # steps of each mode; the loss of the last one is compared
+OF_THE_SIZE = 0.01  # how far outputs and gradients may be from torch's
+WIDER = 2  # how many times as large a norm's outputs are for gradients; without, ReLU6 never clips
 TRACED = 2  # steps of each mode whose kernels are added up
 OF_TORCHS = 0.05  # how far, as a share, a loss may be from torch's
 LATE = "over the time limit"
@@ -150,6 +158,38 @@ def autocast() -> torch.autocast:
     return torch.autocast(DEVICE.type, torch.bfloat16, enabled=ON_GPU)
 
 
+def distance(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> tuple[float, float]:
+    """How far `ours` are from `theirs`, over all elements of all tensors, and the size of these."""
+    off = size = 0.0
+    for our, their in zip(ours, theirs, strict=True):
+        their = their.double()
+        off = off + (our.double() - their).square().sum()
+        size = size + their.square().sum()
+    return math.sqrt(off), math.sqrt(size)
+
+
+def what_is_off(ours: Sequence[Tensor], theirs: Sequence[Tensor], what: str) -> str:
+    """Says by how much `ours` are off torch's, "" where rounding explains it."""
+    off, size = distance(ours, theirs)
+    if off <= OF_THE_SIZE * size:  # not so where either is no number
+        return ""
+    share = off / size if size else math.inf
+    return f"{what} are {share:.2g} of their size off torch's"
+
+
+@contextlib.contextmanager
+def wider_norms(module: nn.Module) -> Iterator[None]:
+    """Let batch norms give larger values inside; afterwards their weights are the same bits."""
+    weights = [each.weight for each in models.batch_norms(module) if each.weight is not None]
+    with torch.no_grad():
+        for weight in weights:
+            weight.mul_(WIDER)  # a power of two
+    yield
+    with torch.no_grad():
+        for weight in weights:
+            weight.div_(WIDER)
+
+
 class Copy:
     """A copy of a network in one mode, ready for steps."""
 
@@ -165,18 +205,49 @@ class Copy:
         self.optimizer = torch.optim.SGD(self.module.parameters(), lr=0.01, momentum=0.9)
         self.run = torch.compile(self.module, dynamic=False) if case.is_compiled else self.module
 
-    def outputs(self) -> Tensor:
+    def outputs(self, inputs: Tensor) -> Tensor:
         with self.mode.block():
-            return self.run(self.batch[0])
+            return self.run(inputs)
 
-    def loss_of(self, outputs: Tensor) -> Tensor:
-        return F.cross_entropy(outputs.flatten(0, -2), self.batch[1].flatten())
+    def loss_of(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(outputs.flatten(0, -2), targets.flatten())
+
+    def sample(self) -> dict[str, list[Tensor]]:
+        """What this mode computes of a few samples, in fp32: outputs and, in training, gradients.
+
+        The outputs are those of inference, since norms that train hide an activation that is too
+        large by a factor. The network is as it was, but for running statistics of its norms.
+        """
+        is_training, found = self.module.training, {}
+        inputs, targets = models.few(self.batch)
+        with (
+            fused_act.use_backend(self.mode.backend),
+            # A value that rounding moves over the kink of ReLU6 changes its gradient entirely: a
+            # MobileNetV2 whose activations are 1e-7 off has gradients that are 0.01 off.
+            torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False),
+        ):
+            self.module.eval()
+            with torch.no_grad() if is_training else torch.inference_mode():
+                found["outputs"] = [self.outputs(inputs)]
+            self.module.train(is_training)
+            if is_training:
+                found["gradients"] = self.gradients(inputs, targets)
+        return found
+
+    def gradients(self, inputs: Tensor, targets: Tensor) -> list[Tensor]:
+        torch.manual_seed(0)  # dropout is that of all modes
+        with wider_norms(self.module):
+            self.loss_of(self.outputs(inputs), targets).backward()
+        parameters = list(self.module.parameters())
+        found = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+        self.optimizer.zero_grad(set_to_none=True)
+        return found
 
     def train(self) -> Tensor:
         """Returns the loss."""
         self.optimizer.zero_grad(set_to_none=True)
         with autocast():
-            loss = self.loss_of(self.outputs())
+            loss = self.loss_of(self.outputs(self.batch[0]), self.batch[1])
         loss.backward()
         self.optimizer.step()
         return loss.detach()
@@ -185,7 +256,7 @@ class Copy:
     def infer(self) -> Tensor:
         """Returns the outputs, since a loss is no part of inference."""
         with autocast():
-            return self.outputs()
+            return self.outputs(self.batch[0])
 
     def seed(self) -> None:
         """Let the next step draw what that step draws in all modes, for dropout."""
@@ -206,7 +277,9 @@ class Copy:
         start = time.perf_counter()
         found = self.go()
         seconds = time.perf_counter() - start
-        return seconds, (found if self.module.training else self.loss_of(found.float())).item()
+        if not self.module.training:
+            found = self.loss_of(found.float(), self.batch[1])
+        return seconds, found.item()
 
     def step_bytes(self) -> int:
         """The most that is allocated in a step, which begins without gradients."""
@@ -239,6 +312,7 @@ class Run:
         self.figures: dict[str, object] = {}
         self.loss: float | None = None
         self.skipped, self.error = skipped, ""
+        self.off = ""  # what it computes wrongly; it is timed all the same
 
     def attempt(self, action: Callable[[], None]) -> None:
         if self.skipped or self.error:
@@ -254,13 +328,32 @@ class Run:
                 self.error = error_text(error)
         free_memory()  # now that no frame of the error holds tensors any more
 
-    def prepare(self, case: Case, module: nn.Module, batch: tuple[Tensor, Tensor]) -> None:
-        """Compiles, lets libraries take their workspaces, and measures memory."""
+    def prepare(
+        self,
+        case: Case,
+        module: nn.Module,
+        batch: tuple[Tensor, Tensor],
+        of_torch: dict[str, list[Tensor]],
+    ) -> None:
+        """Compares, compiles, lets libraries take their workspaces, and measures memory.
+
+        Args:
+            of_torch: what torch's modules compute of a few samples; mode torch puts it in.
+        """
         self.copy = Copy(case, self.mode, module, batch)
+        if not case.is_compiled:  # another shape would be compiled anew
+            self.compare(self.copy.sample(), of_torch)
         for _ in range(WARM_UP):
             _, self.loss = self.copy.step()
         step, held = self.copy.step_bytes(), self.copy.held_bytes()
         self.figures = {"peak_gb": (held + step) / GIB, "step_gb": step / GIB}
+
+    def compare(self, found: dict[str, list[Tensor]], of_torch: dict[str, list[Tensor]]) -> None:
+        if self.name == "torch":
+            of_torch.update(found)
+        elif of_torch:
+            texts = (what_is_off(ours, of_torch[what], what) for what, ours in found.items())
+            self.off = ", ".join(filter(None, texts))
 
     def take_turn(self) -> None:
         self.attempt(lambda: self.samples.append(1000 * self.copy.step()[0]))
@@ -271,8 +364,8 @@ class Run:
             self.figures |= {"device_ms": found, "bound": bound(found, median)}
 
     def compare_loss(self, of_torch: float) -> None:
-        if differs(self.loss, of_torch):
-            self.error = f"the loss is {self.loss:.5g}, torch's {of_torch:.5g}"
+        if differs(self.loss, of_torch) and not self.off:
+            self.off = f"the loss is {self.loss:.5g}, torch's {of_torch:.5g}"
 
     def row(self, case: Case) -> dict:
         """Empty where nothing was measured."""
@@ -297,7 +390,7 @@ class Run:
             "loss": "" if self.loss is None else self.loss,
             "dtype": "bf16" if ON_GPU else "fp32",
             "skipped": self.skipped,
-            "error": self.error,
+            "error": self.error or self.off,
         }
 
 
@@ -343,10 +436,12 @@ def measure_in_turn(runs: list[Run], case: Case, rounds: int) -> None:
         torch.compiler.reset()  # compiled code shares one cache, which after 8 entries is not used
     made = []
     for run in runs:  # all fail where the network cannot be made
-        run.attempt(lambda: made or made.extend((case.network.made(), case.network.batch())))
-    for run in runs:
-        run.attempt(lambda run=run: run.prepare(case, *made))
+        run.attempt(lambda: made or made.extend(case.network.made_and_batch()))
+    sampled: dict[str, list[Tensor]] = {}
+    for run in sorted(runs, key=lambda run: run.name != "torch"):  # torch first
+        run.attempt(lambda run=run: run.prepare(case, *made, sampled))
     made.clear()
+    sampled.clear()
     timing.in_rounds([run.take_turn for run in runs], rounds)
     # Last: what a profiler may leave behind slows the host in all modes of the next case alike.
     for run in runs:

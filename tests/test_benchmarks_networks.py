@@ -120,9 +120,10 @@ def test_losses_on_a_cpu_are_the_same_bit_for_bit(direction):
 def test_a_loss_is_no_part_of_inference(monkeypatch):
     during, loss_of, go = [], networks.Copy.loss_of, networks.Copy.go
 
-    def recorded(self, outputs):
-        during.append(self.goes)
-        return loss_of(self, outputs)
+    def recorded(self, *arguments):
+        if hasattr(self, "goes"):  # not before the first step, where modes are compared
+            during.append(self.goes)
+        return loss_of(self, *arguments)
 
     def recorded_go(self):
         self.goes = True
@@ -145,18 +146,173 @@ def test_the_loss_is_that_of_weights_that_were_trained(monkeypatch):
     assert tiny_rows()["torch"]["loss"] != untrained
 
 
-def test_a_loss_that_is_off_is_an_error(monkeypatch, command, capsys):
-    def replace(module, report):
-        torch.nn.init.normal_(module[-1].weight, std=50)
+class Wrong(nn.Module):
+    """In the place of an activation, what is none."""
 
-    monkeypatch.setattr(fused_act, "replace_activations", replace)
+    def __init__(self, activation, kind):
+        super().__init__()
+        self.activation, self.compute = activation, WRONG[kind]
+
+    def forward(self, x):
+        return self.compute(self.activation, x)
+
+
+WRONG = {
+    "identity": lambda activation, x: x.clone(),
+    "zero": lambda activation, x: 0 * x,
+    "half": lambda activation, x: activation(x) / 2,
+    "ReLU": lambda activation, x: x.relu(),
+    "detached": lambda activation, x: activation(x).detach(),
+    "no number": lambda activation, x: math.nan * x,
+}
+
+
+def replace_wrongly(kind, module, report):
+    """What stands in for `replace_activations`."""
+    for parent in list(module.modules()):
+        for name, child in parent.named_children():
+            if isinstance(child, (nn.ReLU6, nn.Mish, nn.SiLU)):
+                setattr(parent, name, Wrong(child, kind))
+
+
+def wrong_cases():
+    for name in models.SMALL:
+        for kind in ("identity", "zero", "half", "detached", "no number"):
+            yield name, TRAINING, kind
+        for kind in ("zero", "half"):
+            yield name, INFERENCE, kind
+    yield "small mobilenet_v2 relu6", TRAINING, "ReLU"
+
+
+@pytest.fixture
+def never_timed(monkeypatch):
+    """Modes are compared alone."""
+    monkeypatch.setattr(networks, "WARM_UP", 0)
+    monkeypatch.setattr(networks.Copy, "step", lambda self: (1.0, 2.0))
+    monkeypatch.setattr(networks.Copy, "step_bytes", lambda self: 0)
+
+
+@pytest.mark.parametrize(("name", "direction", "kind"), list(wrong_cases()))
+@pytest.mark.usefixtures("never_timed")
+def test_a_wrong_activation_is_an_error(monkeypatch, name, direction, kind):
+    monkeypatch.setattr(fused_act, "replace_activations", partial(replace_wrongly, kind))
+    ours, torchs = measure(Case(name, direction, False), ["fused", "torch"], 1)
+    assert not torchs["error"]
+    assert " of their size off torch's" in ours["error"]
+    found = ours["error"].partition(" are ")[0]
+    if direction == INFERENCE or kind == "half":
+        assert found == "outputs"
+    elif kind in ("ReLU", "detached"):
+        assert found == "gradients"
+
+
+@pytest.mark.parametrize("direction", [TRAINING, INFERENCE])
+@pytest.mark.parametrize("name", models.SMALL)
+@pytest.mark.usefixtures("never_timed")
+def test_all_modes_compute_what_torchs_modules_do(monkeypatch, name, direction):
+    compared, judge = [], networks.what_is_off
+
+    def recorded(ours, theirs, what):
+        compared.append(what)
+        return judge(ours, theirs, what)
+
+    monkeypatch.setattr(networks, "what_is_off", recorded)
+    names = [mode for mode in HERE if MODES[mode].takes_part(direction, False)]
+    rows = measure(Case(name, direction, False), names, 1)
+    assert not [row["error"] for row in rows if row["error"]]
+    each = ["outputs", "gradients"] if direction == TRAINING else ["outputs"]
+    assert compared == each * (len(names) - 1)
+
+
+def test_what_is_wrong_is_said_and_timed_all_the_same(monkeypatch, command, capsys):
+    monkeypatch.setattr(fused_act, "replace_activations", partial(replace_wrongly, "detached"))
     exit_status, rows = command("--modes", "torch", "fused")
     assert exit_status == 1
     torchs, ours = rows[:2]
     assert not torchs["error"]
+    assert ours["error"].startswith("gradients are ")
+    assert ours["ms"]
+    assert f"tiny, training, fused: failed: {ours['error']}" in capsys.readouterr().out
+
+
+def test_how_far_what_is_computed_may_be_off():
+    theirs = [torch.full((4,), 3.0), torch.full((4,), 4.0)]  # their size is 10
+    for change, expected in (
+        (0.0, ""),
+        (0.049, ""),
+        (0.22, "gradients are 0.044 of their size off torch's"),
+        (math.nan, "gradients are nan of their size off torch's"),
+    ):
+        ours = [theirs[0] + change, theirs[1]]
+        assert networks.what_is_off(ours, theirs, "gradients") == expected
+    nothing = [torch.zeros(4)]
+    assert networks.what_is_off(nothing, nothing, "outputs") == ""
+    of_nothing = networks.what_is_off([torch.ones(4)], nothing, "outputs")
+    assert of_nothing == "outputs are inf of their size off torch's"
+
+
+@pytest.mark.parametrize("direction", [TRAINING, INFERENCE])
+def test_a_comparison_leaves_no_trace(direction):
+    case = Case("small csp mish", direction, False)
+    module, batch = case.network.made_and_batch()
+    copy = networks.Copy(case, MODES["fused remat"], module, batch)
+    found = copy.sample()
+    assert list(found) == (["outputs", "gradients"] if direction == TRAINING else ["outputs"])
+    assert found["outputs"][0].shape == (4, 10)
+    assert copy.module.training == (direction == TRAINING)
+    assert copy.steps == 0
+    assert not copy.optimizer.state
+    for ours, first in zip(copy.module.parameters(), module.parameters(), strict=True):
+        assert torch.equal(ours, first)
+        assert ours.grad is None
+
+
+def test_what_torch_computes_lives_until_all_are_compared(monkeypatch):
+    alive, sample, in_rounds = [], networks.Copy.sample, networks.timing.in_rounds
+
+    def recorded(self):
+        found = sample(self)
+        alive.extend(weakref.ref(each) for tensors in found.values() for each in tensors)
+        return found
+
+    def timed(turns, rounds):
+        assert len(alive) == len(HERE) * (1 + 5)
+        assert {each() for each in alive} == {None}
+        in_rounds(turns, rounds)
+        alive.clear()
+
+    monkeypatch.setattr(networks.Copy, "sample", recorded)
+    monkeypatch.setattr(networks.timing, "in_rounds", timed)
+    assert not any(row["error"] for row in tiny_rows().values())
+    assert not alive
+
+
+def test_norms_have_met_the_batch():
+    network, (images, _) = NETWORKS["small csp mish"].made_and_batch()
+    seen = network[0][0](images[:4])  # of the first convolution
+    norm = network[0][1]
+    torch.testing.assert_close(norm.running_mean, seen.mean(dim=(0, 2, 3)))
+    torch.testing.assert_close(norm.running_var, seen.var(dim=(0, 2, 3)))
+    assert norm.momentum == 0.1
+
+
+def test_compiled_modes_are_not_compared(monkeypatch):
+    monkeypatch.setattr(networks.Copy, "sample", raise_value_error)
+    monkeypatch.setattr(torch, "compile", lambda module, dynamic: module)
+    rows = measure(Case("tiny", TRAINING, True), ["torch", "fused"], 1)
+    assert not any(row["error"] for row in rows)
+
+
+def test_a_loss_that_is_off_is_an_error(monkeypatch):
+    def replace(module, report):
+        torch.nn.init.normal_(module[-1].weight, std=50)
+
+    monkeypatch.setattr(fused_act, "replace_activations", replace)
+    monkeypatch.setattr(torch, "compile", lambda module, dynamic: module)
+    torchs, ours = measure(Case("tiny", TRAINING, True), ["torch", "fused"], 1)
+    assert not torchs["error"]
     assert ours["error"].startswith("the loss is ")
     assert ours["ms"]  # what was measured is not hidden
-    assert f"tiny, training, fused: failed: {ours['error']}" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -320,8 +476,11 @@ class Failing:
         return contextlib.nullcontext()
 
 
-# In the first step of all, in that of the memory, and in the second round.
-@pytest.mark.parametrize("step", [0, networks.WARM_UP, networks.WARM_UP + 2])
+COMPARED = 2  # runs of a mode before its first step, in training
+
+
+# In the first run of all, in the first step, in that of the memory, and in the second round.
+@pytest.mark.parametrize("step", [0, *(COMPARED + networks.WARM_UP + i for i in (-3, 0, 2))])
 def test_a_mode_that_fails_lets_the_others_go_on(monkeypatch, command, step):
     failing = Failing(ValueError("first line\nsecond line"), step)
     monkeypatch.setitem(MODES, "fused remat", Mode(is_ours=True, block=failing))
@@ -340,7 +499,7 @@ def test_a_mode_that_fails_lets_the_others_go_on(monkeypatch, command, step):
     ids=["GPU", "CPU"],
 )
 def test_out_of_memory_in_one_mode(monkeypatch, command, capsys, error):
-    monkeypatch.setitem(MODES, "fused", Mode(is_ours=True, block=Failing(error, 5)))
+    monkeypatch.setitem(MODES, "fused", Mode(is_ours=True, block=Failing(error, COMPARED + 5)))
     exit_status, rows = command("--modes", "torch", "fused")
     assert exit_status == 0
     torchs, ours, of_inference = rows
@@ -364,7 +523,7 @@ def test_what_is_out_of_memory_is_freed_at_once(monkeypatch):
     monkeypatch.setattr(networks.Copy, "step", step)
     run, network = networks.Run("torch"), NETWORKS["tiny"]
     case = Case("tiny", TRAINING, False)
-    run.attempt(partial(run.prepare, case, network.made(), network.batch()))
+    run.attempt(partial(run.prepare, case, network.made(), network.batch(), {}))
     assert run.skipped == "out of memory"
     assert modules[0]() is None
 
@@ -440,7 +599,7 @@ def test_compiled(tmp_path):
 
 
 def test_what_is_late_gets_rows_that_say_so(command, capsys):
-    exit_status, rows = command("--time-limit", "-1")
+    exit_status, rows = command("--time-limit", "1e-9")
     assert exit_status == 0
     assert {row["skipped"] for row in rows} == {"over the time limit"}
     assert {row["ms"] for row in rows} == {""}
