@@ -295,7 +295,7 @@ class Copy:
         return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
     def device_ms(self) -> float | None:
-        """What the GPU works in a step, or None where nobody knows."""
+        """What the GPU works in a step, or None where there is no GPU or no profile of it."""
         return traces.device_ms(self.go, TRACED) if ON_GPU else None
 
 
@@ -359,7 +359,12 @@ class Run:
         self.attempt(lambda: self.samples.append(1000 * self.copy.step()[0]))
 
     def trace(self) -> None:
-        if (found := self.copy.device_ms()) is not None:
+        """Adds what a profile says; where there is none, what was timed stays."""
+        if not self.samples:
+            return
+        if (found := self.copy.device_ms()) is None:
+            free_memory()  # which may be what the profile lacked
+        else:
             median = statistics.median(self.samples)
             self.figures |= {"device_ms": found, "bound": bound(found, median)}
 
@@ -445,7 +450,7 @@ def measure_in_turn(runs: list[Run], case: Case, rounds: int) -> None:
     timing.in_rounds([run.take_turn for run in runs], rounds)
     # Last: what a profiler may leave behind slows the host in all modes of the next case alike.
     for run in runs:
-        run.attempt(run.trace)
+        run.trace()
     of_torch = next((run.loss for run in runs if run.name == "torch" and run.copy), None)
     for run in runs:
         if of_torch is not None:

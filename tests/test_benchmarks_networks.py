@@ -523,7 +523,15 @@ def test_device_time_is_that_of_one_call(monkeypatch):
     assert len(calls) == 4
 
 
-@pytest.mark.parametrize("found", [[], RuntimeError("CUPTI_ERROR")], ids=["nothing", "an error"])
+NO_PROFILE = {
+    "nothing": [],
+    "an error": RuntimeError("CUPTI_ERROR"),
+    "a full disk": OSError(28, "No space left on device"),
+    "no memory": torch.OutOfMemoryError("CUDA out of memory"),
+}
+
+
+@pytest.mark.parametrize("found", NO_PROFILE.values(), ids=NO_PROFILE)
 def test_a_profiler_that_sees_no_gpu_is_one_line(monkeypatch, capsys, found):
     def trace(call, **options):
         if isinstance(found, Exception):
@@ -561,6 +569,29 @@ def test_rows_of_a_gpu_say_who_bounds_a_step(monkeypatch):
         assert row["bound"] == f"7, {row['ms']:g}"
         assert row["dtype"] == "bf16"
     assert [rows[name]["backend"] for name in ("torch", "fused", "checkpoint")] == ["", "torch", ""]
+
+
+@pytest.mark.parametrize("found", NO_PROFILE.values(), ids=NO_PROFILE)
+def test_without_a_profile_what_was_timed_stays(monkeypatch, found):
+    trace = traces.trace
+
+    def fake(call, **options):
+        if options["activities"] == [ProfilerActivity.CPU]:
+            return trace(call, **options)
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    monkeypatch.setattr(traces, "trace", fake)
+    monkeypatch.setattr(networks.Copy, "device_ms", lambda self: traces.device_ms(self.go, 2))
+    traces.say_once.cache_clear()
+    for row in tiny_rows().values():
+        assert not row["error"]
+        assert not row["skipped"]
+        assert row["samples"] == 2
+        assert row["ms"] > 0
+        assert row["step_gb"] > 0
+        assert row["device_ms"] == row["bound"] == ""
 
 
 def test_triton_takes_part_where_auto_takes_another(monkeypatch):
@@ -867,5 +898,8 @@ def test_the_command_on_a_gpu(tmp_path):
     assert {row["backend"] for row in rows if row["mode"] == "fused"} <= {"cuda", "triton"}
     for row in rows:
         assert float(row["step_gb"]) > 0
-        assert float(row["device_ms"]) > 0
-        assert row["bound"] in ("host", "device")
+        if row["device_ms"]:  # CUPTI may not be allowed here
+            assert float(row["device_ms"]) > 0
+            assert row["bound"] in ("host", "device")
+        else:
+            assert not row["bound"]
