@@ -171,8 +171,10 @@ MOBILENET_V2 = Network(
     package="torchvision",
 )
 
-# By the names that the first results have. What matters most comes first.
+# By the names that the first results have. What matters most comes first, but for the network that
+# waits for the host most: what a profiler leaves behind after the first network slows the host.
 NETWORKS = {
+    "mobilenet_v2 bs8": dataclasses.replace(MOBILENET_V2, on_gpu=(8, 3, 224, 224)),
     "mobilenet_v2 relu6": MOBILENET_V2,
     "resnet50 mish": Network(
         resnet50_with_mish,
@@ -199,7 +201,6 @@ NETWORKS = {
         has_ids=True,
         package="transformers",
     ),
-    "mobilenet_v2 bs8": dataclasses.replace(MOBILENET_V2, on_gpu=(8, 3, 224, 224)),
     "csp mish": Network(
         partial(small_networks.csp_network, nn.Mish, channels=3, classes=1000),
         block="CrossStagePartial",
@@ -230,5 +231,5 @@ NETWORKS = {
 }
 SMALL = [name for name in NETWORKS if name.startswith("small ")]
 # With batches of 8 the host bounds a network, which large batches of small ones do not show.
-QUICK = [*SMALL, "mobilenet_v2 bs8"] if ON_GPU else SMALL
+QUICK = ["mobilenet_v2 bs8", *SMALL] if ON_GPU else SMALL
 DEFAULT = list(NETWORKS) if ON_GPU else SMALL

@@ -448,7 +448,8 @@ def measure_in_turn(runs: list[Run], case: Case, rounds: int) -> None:
     made.clear()
     sampled.clear()
     timing.in_rounds([run.take_turn for run in runs], rounds)
-    # Last: what a profiler may leave behind slows the host in all modes of the next case alike.
+    # Last: what a profiler may leave behind slows the host in all modes of the next case alike. It
+    # waits for no further case, since these copies would have to stay in memory meanwhile.
     for run in runs:
         run.trace()
     of_torch = next((run.loss for run in runs if run.name == "torch" and run.copy), None)
@@ -460,10 +461,13 @@ def measure_in_turn(runs: list[Run], case: Case, rounds: int) -> None:
 def measure_all(
     names: Sequence[str], modes: Sequence[str], is_compiled: bool, rounds: int, time_limit: float
 ) -> Iterator[dict]:
-    """Training of all networks, then inference."""
+    """Training and inference of one network after another.
+
+    So a run that is cut off has both of the networks that come first.
+    """
     deadline = time.monotonic() + time_limit
-    cases = list(itertools.product((TRAINING, INFERENCE), names))
-    for direction, name in environment.progress(cases, len(cases)):
+    cases = list(itertools.product(names, (TRAINING, INFERENCE)))
+    for name, direction in environment.progress(cases, len(cases)):
         taking_part = [mode for mode in modes if MODES[mode].takes_part(direction, is_compiled)]
         skipped = LATE if time.monotonic() > deadline else ""
         rows = measure(Case(name, direction, is_compiled), taking_part, rounds, skipped)

@@ -712,6 +712,30 @@ def test_the_columns_are_those_of_the_first_results_and_more(command):
         assert 0 < float(row["min"]) <= float(row["q20"]) <= float(row["ms"]) <= float(row["q80"])
 
 
+def test_networks_come_one_after_another_in_training_and_inference(monkeypatch, command):
+    monkeypatch.setitem(NETWORKS, "tinier", NETWORKS["tiny"])
+    _, rows = command("--modes", "torch", "--networks", "tinier", "tiny")
+    assert [(row["net"], row["direction"]) for row in rows] == [
+        (net, direction) for net in ("tinier", "tiny") for direction in (TRAINING, INFERENCE)
+    ]
+
+
+def test_the_network_that_the_host_bounds_comes_before_any_profile():
+    assert next(iter(NETWORKS)) == "mobilenet_v2 bs8"
+    if networks.ON_GPU:
+        assert models.DEFAULT[0] == models.QUICK[0] == "mobilenet_v2 bs8"
+
+
+def test_modes_are_profiled_when_all_were_timed(monkeypatch):
+    events, step = [], networks.Copy.step
+    monkeypatch.setattr(networks.Copy, "step", lambda self: events.append("step") or step(self))
+    monkeypatch.setattr(networks.Copy, "device_ms", lambda self: events.append("profile"))
+    tiny_rows()
+    profiles = len(HERE)
+    assert events[-profiles:] == ["profile"] * profiles
+    assert set(events[:-profiles]) == {"step"}
+
+
 @pytest.mark.full
 def test_what_a_checkpoint_saves():
     case = Case("small swiglu silu", TRAINING, False)
