@@ -233,3 +233,6 @@ SMALL = [name for name in NETWORKS if name.startswith("small ")]
 # With batches of 8 the host bounds a network, which large batches of small ones do not show.
 QUICK = ["mobilenet_v2 bs8", *SMALL] if ON_GPU else SMALL
 DEFAULT = list(NETWORKS) if ON_GPU else SMALL
+# To compile all networks takes more than four minutes on a GPU.
+LARGE = ["mobilenet_v2 relu6", "resnet50 mish", "efficientnet_b0 silu", "llama 4x2048 silu"]
+COMPILED = LARGE if ON_GPU else SMALL

@@ -28,8 +28,9 @@ wrong activation: the loss of a network that was never trained depends little on
 
 Without a GPU the small networks of benchmarks/small_networks.py run, and the large ones only where
 --networks names them, in small batches. With --compiled, torch and fused are compiled by
-`torch.compile`, and the file is networks_compiled.csv. What does not fit into memory or into the
-time limit gets rows that say so.
+`torch.compile`, and the file is networks_compiled.csv; on a GPU four networks are compiled where
+--networks names none, since all of them take longer than the time limit. What does not fit into
+memory or into the time limit gets rows that say so.
 """
 
 from __future__ import annotations
@@ -498,7 +499,10 @@ def read(path: Path) -> list[dict[str, str]]:
 
 
 class BesideTorch(NamedTuple):
-    """What a mode takes as a share of what torch's own modules do; nan where nobody knows."""
+    """What a mode takes, as a share of what torch's own modules do.
+
+    nan where it was not measured.
+    """
 
     time: float
     memory: float
@@ -564,14 +568,21 @@ def name_in(choices: dict[str, object], name: str) -> str:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_results(parser)
-    parser.add_argument("--quick", action="store_true", help="the small networks, few rounds")
-    parser.add_argument("--compiled", action="store_true", help="compiled; takes minutes")
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="few rounds of the small networks, on a GPU of 'mobilenet_v2 bs8' too",
+    )
+    parser.add_argument(
+        "--compiled", action="store_true", help="compiled by torch.compile; takes minutes"
+    )
     parser.add_argument(
         "--networks",
         type=partial(name_in, NETWORKS),
         nargs="+",
         metavar="NAME",
-        help=f"of {', '.join(map(repr, NETWORKS))}; default: all, on a CPU the small ones",
+        help=f"of {', '.join(map(repr, NETWORKS))}; default: all, with --compiled "
+        f"{', '.join(map(repr, models.LARGE))}; on a CPU the small ones",
     )
     parser.add_argument(
         "--modes",
@@ -586,18 +597,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="steps of each mode that are timed; default: 12, on a CPU 9, with --quick 5",
     )
-    parser.add_argument(
-        "--time-limit",
-        type=float,
-        metavar="SECONDS",
-        help="start no further network after so long; default: 90 on a GPU, with --compiled 240",
-    )
+    options.add_time_limit(parser, "90 on a GPU, with --compiled 240; none on a CPU")
 
 
 def chosen_networks(arguments: argparse.Namespace) -> list[str]:
     """Those that were asked for and can be built; says why the others cannot."""
-    default = models.QUICK if arguments.quick else models.DEFAULT
-    asked = list(dict.fromkeys(arguments.networks or default))
+    large = models.COMPILED if arguments.compiled else models.DEFAULT
+    asked = list(dict.fromkeys(arguments.networks or (models.QUICK if arguments.quick else large)))
     reasons = {name: NETWORKS[name].unavailable() for name in asked}
     for name, reason in reasons.items():
         if reason is not None:

@@ -827,8 +827,40 @@ def test_compiled_networks_have_no_other_modes(command, capsys):
 def test_without_a_gpu_the_small_networks_run():
     assert parse(["networks"]).networks is None
     if not networks.ON_GPU:
-        assert models.DEFAULT == models.QUICK == models.SMALL
+        assert models.DEFAULT == models.QUICK == models.COMPILED == models.SMALL
     assert len(models.SMALL) == 4
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ([], "all"),
+        (["--compiled"], "large"),
+        (["--quick"], "quick"),
+        (["--quick", "--compiled"], "quick"),
+        (["--compiled", "--networks", "tiny"], "tiny"),
+    ],
+)
+def test_which_networks_are_measured(monkeypatch, arguments, expected):
+    names = ("all", "large", "quick")
+    for default, name in zip(("DEFAULT", "COMPILED", "QUICK"), names, strict=True):
+        monkeypatch.setattr(models, default, [name])
+        monkeypatch.setitem(NETWORKS, name, NETWORKS["tiny"])
+    assert networks.chosen_networks(parse(["networks", *arguments])) == [expected]
+
+
+def test_a_time_limit_that_is_none_is_refused(command, capsys):
+    assert command("--time-limit", "-1")[0] == 2
+    assert "argument --time-limit: expected a positive number" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("is_compiled", "expected"), [(False, 90.0), (True, 240.0)])
+def test_the_time_limit_of_a_gpu(monkeypatch, is_compiled, expected):
+    arguments = parse(["networks", *(["--compiled"] if is_compiled else [])])
+    monkeypatch.setattr(networks, "ON_GPU", False)
+    assert networks.time_limit(arguments) == math.inf
+    monkeypatch.setattr(networks, "ON_GPU", True)
+    assert networks.time_limit(arguments) == expected
 
 
 def test_what_is_beside_torch():
