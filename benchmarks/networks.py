@@ -343,7 +343,13 @@ class Run:
         """
         self.copy = Copy(case, self.mode, module, batch)
         if not case.is_compiled:  # another shape would be compiled anew
-            self.compare(self.copy.sample(), of_torch)
+            try:
+                self.compare(self.copy.sample(), of_torch)
+            except Exception as error:
+                if is_out_of_memory(error):
+                    raise
+                self.off = f"not compared: {error_text(error)}"
+                self.copy = Copy(case, self.mode, module, batch)  # it may have stopped halfway
         for _ in range(WARM_UP):
             _, self.loss = self.copy.step()
         step, held = self.copy.step_bytes(), self.copy.held_bytes()
