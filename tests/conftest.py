@@ -87,6 +87,28 @@ def pytest_xdist_make_scheduler(config, log):
         def _split_scope(self, nodeid):
             return tiers.group_of(nodeid)
 
+        def remove_node(self, node):
+            """Return the test that a process died of, and leave the rest of its groups to others.
+
+            pytest-xdist 3.8 lets the next process run that test again, which dies of it, too.
+            """
+            groups = self.assigned_work[node]
+            died_of = None
+            for group in groups.values():
+                for test, is_done in group.items():
+                    if not is_done and died_of is None:
+                        died_of, group[test] = test, True
+            for name in [name for name, group in groups.items() if all(group.values())]:
+                del groups[name]
+            super().remove_node(node)
+            return died_of
+
+        def schedule(self):
+            is_late = self.collection is not None  # a process that takes the place of another
+            super().schedule()
+            if is_late:  # of a group of one test a process waits for a second one, or for the end
+                super().schedule()
+
     return Groups(config, log)
 
 

@@ -133,27 +133,56 @@ def test_rows(i, name, worker_id):
 """
 
 
-def test_a_group_is_run_by_one_process(tmp_path):
-    """So it is with the pytest and the pytest-xdist that are here."""
-    (tmp_path / "conftest.py").write_text(
-        "from tests.conftest import pytest_xdist_make_scheduler\n"
-    )
-    (tmp_path / "test_tiny.py").write_text(TINY)
-    command = [sys.executable, "-m", "pytest", "-rP", "-n", "3", "--dist", "loadscope", "."]
+def printed_with_xdist(folder, tests, *options, status=0):
+    """What pytest prints of `tests` in `folder`, with the pytest and the pytest-xdist of here."""
+    (folder / "conftest.py").write_text("from tests.conftest import pytest_xdist_make_scheduler\n")
+    (folder / "test_tiny.py").write_text(tests)
     inherited = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST")}
     finished = subprocess.run(
-        command,
-        cwd=tmp_path,
+        [sys.executable, "-m", "pytest", *options, "--dist", "loadscope", "."],
+        cwd=folder,
         env=inherited | {"PYTHONPATH": str(ROOT)},
         stdout=subprocess.PIPE,
         text=True,
-        check=True,
+        timeout=300,  # a process that waits for another test would wait for ever
     )
+    assert finished.returncode == status, finished.stdout
+    return finished.stdout
+
+
+def test_a_group_is_run_by_one_process(tmp_path):
     workers = collections.defaultdict(list)
-    for name, worker in re.findall(r"<(\S+) (gw\d)>", finished.stdout):
+    printed = printed_with_xdist(tmp_path, TINY, "-rP", "-n", "3")
+    for name, worker in re.findall(r"<(\S+) (gw\d)>", printed):
         workers[name].append(worker)
     assert {name: len(found) for name, found in workers.items()} == {
         "huge": 6, "triton-mish": 3, "cuda-mish": 3, "triton-tanh": 3, "cuda-tanh": 3,
     }  # fmt: skip
     assert all(len(set(found)) == 1 for found in workers.values())
     assert len({worker for found in workers.values() for worker in found}) > 1
+
+
+DYING = """
+import os
+import pytest
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("i", range(4))
+def test_rows(i, name):
+    if (i, name) == (1, "triton-mish"):
+        os.kill(os.getpid(), 9)
+"""
+
+
+@pytest.mark.parametrize(
+    "names",
+    [["triton-mish"], ["triton-mish", "cuda-mish"], ["triton-mish", "a", "b", "cuda-mish"]],
+    ids=["one group", "two groups", "single tests"],
+)
+def test_a_test_that_kills_its_process_is_not_run_again(tmp_path, names):
+    """And each other test of its group is run by the process that comes in its place."""
+    tests = DYING.replace("NAMES", repr(names))
+    printed = printed_with_xdist(tmp_path, tests, "-v", "-n", "2", status=1)
+    assert printed.count("node down") == 1
+    assert f"1 failed, {4 * len(names) - 1} passed" in printed
