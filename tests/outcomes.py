@@ -1,6 +1,6 @@
-"""`pytest --outcomes FILE`: a row for each test as it ends, for a run that may be cut off.
+"""`pytest --outcomes=FILE`: a row for each test as it ends, for a run that may be cut off.
 
-FILE is a csv. Until the session ends by itself the rows are in `<name>.partial.csv`, and a run that
+FILE is a csv. Until each test has its row the rows are in `<name>.partial.csv`, and a run that
 is killed leaves them there. The next run with the same option leaves out what passed there, if the
 commit is the same and nothing was changed. Failures are printed as they come, too.
 """
@@ -56,6 +56,7 @@ class Writer:
     Args:
         before: those of the tests that passed before the last run was cut off.
         running: what is known of tests that have not ended.
+        left: the tests that were collected and have no row yet.
     """
 
     def __init__(self, config):
@@ -65,6 +66,7 @@ class Writer:
         self.commit = commit()
         self.before = [row for row in rows_of(self.partial) if self.still_holds(row)]
         self.running: dict[str, dict] = {}
+        self.left: set[str] | None = None
         self.file = None
         self.count = len(self.before)
 
@@ -99,11 +101,22 @@ class Writer:
         """All processes leave out the same, whenever they start."""
         node.workerinput["passed before"] = [row["test"] for row in self.before]
 
+    def pytest_collection_finish(self, session):
+        if session.items:  # with pytest-xdist the process that prints collects nothing
+            self.left = {item.nodeid for item in session.items}
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_xdist_node_collection_finished(self, ids):
+        if self.left is None:  # a process that takes the place of another collects the same
+            self.left = set(ids)
+
     def write(self, test: str, outcome: str, seconds: float, error: str) -> None:
         values = (test, outcome, f"{seconds:.3f}", error, self.commit)
         self.writer.writerow(dict(zip(COLUMNS, values)))
         self.file.flush()
         self.count += 1
+        if self.left:
+            self.left.discard(test)
         if outcome in ("failed", "error"):
             self.say(f"{outcome.upper()} {test}: {error}")
 
@@ -130,11 +143,12 @@ class Writer:
         if exitstatus == pytest.ExitCode.NO_TESTS_COLLECTED and self.before:
             session.exitstatus = exitstatus = pytest.ExitCode.OK  # all have passed before
         by_itself = exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED)
-        if by_itself and not (session.shouldstop or session.shouldfail):
+        if by_itself and not self.left and not (session.shouldstop or session.shouldfail):
             os.replace(self.partial, self.path)
             self.say(f"{self.count} rows in {self.path}")
         else:
-            self.say(f"ended early: {self.count} rows in {self.partial}")
+            left = f", {len(self.left)} tests have none" if self.left else ""
+            self.say(f"ended early: {self.count} rows in {self.partial}{left}")
 
 
 def commit() -> str:
