@@ -139,7 +139,7 @@ gpu-overhead.command = $(MEASURE) overhead $(INTO)
 gpu_tests = timeout --foreground -s INT -k 20 $(2) \
 	$(if $(XDIST),env OMP_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=1) \
 	$(PYTHON) -m pytest -q --durations 10 -m "$(1)" \
-	$(if $(XDIST),-n auto --maxprocesses 16 --dist loadscope) --outcomes $(RESULTS)/$(3)
+	$(if $(XDIST),-n auto --maxprocesses 16 --dist loadscope) --outcomes=$(RESULTS)/$(3)
 XDIST = $(shell $(PYTHON) -c "import xdist" 2>/dev/null && echo installed)
 gpu-test.note = $(if $(XDIST),one process for each core,pytest-xdist is not installed: one process)
 gpu-test-all.note = $(gpu-test.note)
@@ -205,7 +205,8 @@ sanitize-%:
 		compute-sanitizer --tool $(call part,1) $($(call part,1).options) --error-exitcode 1 \
 		$(PYTHON) -m tests.sanitize --backends $(call part,2) --dtypes $(call part,3) \
 		$($(call part,1).tests) >$(LOGS)/$*.log 2>&1; code=$$?; \
-	if [ $$code = 0 ]; then echo "$*: $$(grep '^sanitize: ' $(LOGS)/$*.log)"; else \
+	if [ $$code = 0 ] && grep -q 'SUMMARY: 0 ' $(LOGS)/$*.log && \
+		said=$$(grep '^sanitize: ' $(LOGS)/$*.log); then echo "$*: $$said"; else \
 		tail -n 15 $(LOGS)/$*.log; \
 		[ $$code = 124 ] && echo "$*: not done within $(SANITIZE_LIMIT) seconds" \
 			|| echo "$*: FAILED, see $(LOGS)/$*.log"; exit 1; fi

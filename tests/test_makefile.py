@@ -27,7 +27,7 @@ esac
 echo "$* ${OMP_NUM_THREADS:+with $OMP_NUM_THREADS thread}" >>calls.txt
 case "$1 $2" in
   setup.py*) name=build ;;
-  "-m pytest") name=pytest; file=${@: -1} ;;
+  "-m pytest") name=pytest; file=${@: -1}; file=${file#--outcomes=} ;;
   "-m tests.sanitize") name=sanitize; echo "sanitize: 3 tensors" ;;
   *) name=$3
      case "$*" in *--compiled*) suffix=_compiled ;; *--edges*) suffix=_edges ;; esac
@@ -111,7 +111,7 @@ def test_the_tests_take_as_many_processes_as_there_are_cores(make):
     made = make("gpu-test")
     (call,) = [call for call in made.calls if "pytest" in call]
     assert "-m (gpu or with_gpu) and not overlapping -n auto" in call
-    assert "--dist loadscope --outcomes results/tests.csv with 1 thread" in call
+    assert "--dist loadscope --outcomes=results/tests.csv with 1 thread" in call
     assert "gpu-test: one process for each core" in made.lines
 
 
@@ -119,7 +119,7 @@ def test_without_xdist_the_tests_take_one_process_and_say_so(make):
     made = make("gpu-test", xdist=False)
     (call,) = [call for call in made.calls if "pytest" in call]
     assert " -n " not in call
-    assert call.endswith("--outcomes results/tests.csv ")
+    assert call.endswith("--outcomes=results/tests.csv ")
     assert "gpu-test: pytest-xdist is not installed: one process" in made.lines
 
 
@@ -224,7 +224,7 @@ def test_all_tests_of_a_gpu_have_no_limit_and_a_file_of_their_own(make):
     made = make("gpu-test-all")
     (call,) = [call for call in made.calls if "pytest" in call]
     assert "-m gpu or with_gpu -n auto" in call
-    assert "--outcomes results/tests_all.csv" in call
+    assert "--outcomes=results/tests_all.csv" in call
     assert [line for line in made.lines if "timeout --foreground -s INT -k 20 0 " in line]
 
 
@@ -233,7 +233,8 @@ SANITIZER = r"""#!/usr/bin/env bash
 echo "$*" >>sanitized.txt
 while [ "${1##*/}" != python ]; do shift; done
 "$@" || exit
-[[ " $* " != *" $FINDS "* ]] || { echo "ERROR SUMMARY: 1 error"; exit 1; }
+[[ " $* " != *" $FINDS "* ]] || { echo "========= ERROR SUMMARY: 1 error"; exit 1; }
+[[ " $* " == *" $IS_SILENT "* ]] || echo "========= ERROR SUMMARY: 0 errors"
 """
 
 
@@ -272,12 +273,20 @@ def test_each_sanitizer_sees_each_backend_and_dtype(make, sanitizer):
 def test_what_one_sanitizer_finds_is_shown_and_fails(make, sanitizer):
     made = make("sanitize", FINDS="--sharing")
     assert made.status != 0
-    assert "ERROR SUMMARY: 1 error" in made.lines
+    assert "========= ERROR SUMMARY: 1 error" in made.lines
     assert "racecheck-triton-float16: FAILED, see build/sanitize/racecheck-triton-float16.log" in (
         made.lines
     )
     assert "memcheck-triton-float16: sanitize: 3 tensors" in made.lines
     assert "make sanitize: FAILED, see above and build/sanitize" in made.lines
+
+
+def test_a_sanitizer_that_did_not_watch_fails(make, sanitizer):
+    """Whatever its status is: a GPU that it does not know, or a child that it does not follow."""
+    made = make("sanitize", IS_SILENT="--sharing")
+    assert made.status != 0
+    assert [line for line in made.lines if line.startswith("racecheck-cuda-float16: FAILED")]
+    assert "memcheck-cuda-float16: sanitize: 3 tensors" in made.lines
 
 
 def test_without_compute_sanitizer_it_says_so(make, tmp_path):
