@@ -177,14 +177,35 @@ def test_rows(i, name):
 """
 
 
-@pytest.mark.parametrize(
-    "names",
-    [["triton-mish"], ["triton-mish", "cuda-mish"], ["a"]],
-    ids=["one group", "two groups", "single tests"],
-)
+@pytest.mark.parametrize("names", [["triton-mish"], ["triton-mish", "cuda-mish"]], ids=len)
 def test_a_test_that_kills_its_process_is_not_run_again(tmp_path, names):
     """And each other test of its group is run by the process that comes in its place."""
-    tests = DYING.format(names=names)
-    printed = printed_with_xdist(tmp_path, tests, "-v", "-n", "2", status=1)
+    printed = printed_with_xdist(tmp_path, DYING.format(names=names), "-v", "-n", "2", status=1)
     assert printed.count("node down") == 1
     assert f"1 failed, {4 * len(names) - 1} passed" in printed
+
+
+# The first process has got the last test when it dies, and the second one has been told to end.
+DYING_LAST = """
+import os
+import time
+import pytest
+
+
+@pytest.mark.parametrize("i", range(3))
+@pytest.mark.parametrize("name", ["triton-mish"])
+def test_rows(name, i):
+    if i == 1:
+        time.sleep(3)
+        os.kill(os.getpid(), 9)
+
+
+@pytest.mark.parametrize("i", range(3))
+def test_others(i):
+    time.sleep(1 if i == 0 else 0)
+"""
+
+
+def test_a_process_that_comes_last_does_not_wait_for_ever(tmp_path):
+    printed = printed_with_xdist(tmp_path, DYING_LAST, "-v", "-n", "2", status=1)
+    assert "1 failed, 5 passed" in printed
