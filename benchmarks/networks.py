@@ -187,10 +187,12 @@ def wider_norms(module: nn.Module) -> Iterator[None]:
     with torch.no_grad():
         for weight in weights:
             weight.mul_(WIDER)  # a power of two
-    yield
-    with torch.no_grad():
-        for weight in weights:
-            weight.div_(WIDER)
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for weight in weights:
+                weight.div_(WIDER)
 
 
 class Copy:
@@ -219,26 +221,43 @@ class Copy:
         """What this mode computes of a few samples, in fp32: outputs and, in training, gradients.
 
         The outputs are those of inference, since norms that train hide an activation that is too
-        large by a factor. The network is as it was, but for running statistics of its norms.
+        large by a factor. The network is left as it was.
         """
+        try:
+            return self.sample_with(cudnn=True)
+        except RuntimeError as error:
+            # In fp32 without TF32 a convolution may have no algorithm that is deterministic.
+            if "unable to find an engine" not in str(error):
+                raise
+        return self.sample_with(cudnn=False)
+
+    def sample_with(self, cudnn: bool) -> dict[str, list[Tensor]]:
+        """Args: cudnn: convolutions are those of cuDNN, and else torch's own."""
         is_training, found = self.module.training, {}
+        statistics = [(each, each.clone()) for each in self.module.buffers()]
         inputs, targets = models.few(self.batch)
         with (
             fused_act.use_backend(self.mode.backend),
             # A value that rounding moves over the kink of ReLU6 changes its gradient entirely: a
             # MobileNetV2 whose activations are 1e-7 off has gradients that are 0.01 off.
-            torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False),
+            torch.backends.cudnn.flags(enabled=cudnn, deterministic=True, allow_tf32=False),
         ):
-            self.module.eval()
-            with torch.no_grad() if is_training else torch.inference_mode():
-                found["outputs"] = [self.outputs(inputs)]
-            self.module.train(is_training)
-            if is_training:
-                found["gradients"] = self.gradients(inputs, targets)
+            try:
+                self.module.eval()
+                with torch.no_grad() if is_training else torch.inference_mode():
+                    found["outputs"] = [self.outputs(inputs)]
+                self.module.train(is_training)
+                if is_training:
+                    found["gradients"] = self.gradients(inputs, targets)
+            finally:
+                self.module.train(is_training)
+                for each, before in statistics:
+                    each.copy_(before)
         return found
 
     def gradients(self, inputs: Tensor, targets: Tensor) -> list[Tensor]:
         torch.manual_seed(0)  # dropout is that of all modes
+        self.optimizer.zero_grad(set_to_none=True)  # of a backward that stopped halfway
         with wider_norms(self.module):
             self.loss_of(self.outputs(inputs), targets).backward()
         parameters = list(self.module.parameters())

@@ -386,6 +386,45 @@ def test_a_comparison_is_in_fp32_of_cudnn_too(monkeypatch):
     assert torch.backends.cudnn.allow_tf32
 
 
+@pytest.mark.parametrize(
+    ("direction", "fails_in_backward"), [(INFERENCE, False), (TRAINING, False), (TRAINING, True)]
+)
+def test_a_comparison_does_without_cudnn_where_it_has_no_algorithm(
+    monkeypatch, direction, fails_in_backward
+):
+    """What fails halfway leaves no trace: gradients, wider norms, running statistics, eval."""
+    module, batch = NETWORKS["small mobilenet_v2 relu6"].made_and_batch()
+    case = Case("small mobilenet_v2 relu6", direction, False)
+    copy = networks.Copy(case, MODES["torch"], module, batch)
+    expected, tried = copy.sample(), []
+
+    def refuse(*gradient):
+        tried.append(torch.backends.cudnn.enabled)
+        if torch.backends.cudnn.enabled:
+            raise RuntimeError("GET was unable to find an engine to execute this computation")
+
+    def refused(self, x):
+        y = convolution(self, x)
+        if not fails_in_backward:
+            refuse()
+        elif y.requires_grad:
+            y.register_hook(refuse)
+        return y
+
+    convolution = nn.Conv2d.forward
+    monkeypatch.setattr(nn.Conv2d, "forward", refused)
+    found = copy.sample()
+    assert tried[0]
+    assert not tried[-1]
+    assert found.keys() == expected.keys()
+    for what, tensors in expected.items():
+        assert not networks.what_is_off(found[what], tensors, what)
+    after, before = copy.module.state_dict(), module.state_dict()
+    assert [name for name in before if not torch.equal(after[name], before[name])] == []
+    assert [each for each in copy.module.parameters() if each.grad is not None] == []
+    assert copy.module.training == (direction == TRAINING)
+
+
 @pytest.mark.parametrize("direction", [TRAINING, INFERENCE])
 def test_the_clock_is_read_when_the_gpu_is_done(monkeypatch, direction):
     copy, events, outputs = tiny_copy(direction), [], networks.Copy.outputs
