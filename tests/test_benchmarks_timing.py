@@ -212,8 +212,11 @@ def test_a_gpu_keeps_the_host_out(graph):
                 pass
 
     turn = timing.GpuTurn(call, 0.02, graph=graph)
-    # The least, since other processes may use the GPU.
-    assert 1e-4 < min(turn()) < 1e-3
+    # The least, and wide limits, since other processes may use the GPU. A graph is so long that it
+    # always shares the GPU with them, and nothing of the host is in it.
+    least = min(turn())
+    assert least > 2e-5
+    assert graph or least < 1e-3
     assert not turn.is_bound_by_host
     assert graph or min(turn.host_seconds) >= 1e-3
 
