@@ -75,10 +75,10 @@ def is_huge(test: str) -> bool:
 def group_of(test: str) -> str:
     """The name of the group of tests for a GPU that one process of pytest-xdist runs in turn.
 
-    All huge tests are one group. The others go by file, row and backend, since processes that
-    compile the same Triton kernels at the same time do each other's work: while one compiles those
-    of a row, others do those of other rows, and find them in Triton's cache when they come to their
-    next file. The name of a test is all that is known where this is asked.
+    All huge tests are one group. The others are grouped by file, row and backend, so that processes
+    seldom compile the same Triton kernels at the same time: while one process compiles the kernels
+    of a row, the others compile those of other rows, and a later file finds them all in Triton's
+    cache. Only the name of a test is known where this is asked.
     """
     if is_huge(test):
         return "huge"
