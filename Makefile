@@ -150,6 +150,8 @@ if [ -e $(RESULTS)/$($(1).file) ]; then \
 	grep -qF "$$(git describe --always --dirty 2>/dev/null)" $(RESULTS)/$($(1).file) \
 		&& of= || of=", of another commit"; \
 	echo "$(1): $(RESULTS)/$($(1).file) is there already$$of; remove it to run $(1) again"; \
+	if grep -qE ',(failed|error),[0-9]' $(RESULTS)/$($(1).file); then \
+		echo "$(1): FAILED, as that file says"; status=1; fi; \
 else $(if $($(1).note),echo "$(1): $($(1).note)";) $(call run,$(1),$($(1).command)); fi
 endef
 

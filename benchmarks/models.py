@@ -171,8 +171,8 @@ MOBILENET_V2 = Network(
     package="torchvision",
 )
 
-# By the names that the first results have. What matters most comes first, but for the network that
-# waits for the host most: what a profiler leaves behind after the first network slows the host.
+# By the names that the first results have. The network that waits for the host most comes first,
+# since a profiler may slow the host after the first profile. Then come those that matter most.
 NETWORKS = {
     "mobilenet_v2 bs8": dataclasses.replace(MOBILENET_V2, on_gpu=(8, 3, 224, 224)),
     "mobilenet_v2 relu6": MOBILENET_V2,

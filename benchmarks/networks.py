@@ -13,7 +13,7 @@ step, each round in another order, so that heat, clocks and other users meet all
   forward alone in `torch.inference_mode`; modes that only save memory for backward are left out.
 - On a GPU bf16 autocast and, for images, channels_last; on a CPU fp32, on one thread.
 
-ms is the wall time of a step, median and least of all rounds, the GPU idle before and after. On a
+ms is the wall time of a step, from an idle GPU to an idle GPU, median and least of all rounds. On a
 GPU device_ms is what its kernels take in a step; where that is less than 90 % of ms, the host
 bounds the step. step_gb is the most that is allocated in a step beyond what was before; peak_gb is
 that and what the mode itself holds: parameters, buffers, the state of the optimizer, the batch. GB
@@ -68,7 +68,7 @@ WARM_UP = 3  # steps of each mode; the loss of the last one is compared
 # How far outputs and gradients may be from torch's. Wrong activations are farther off in one of
 # them; rounding at the kink of ReLU6 makes 0.01 in a MobileNetV2.
 OF_THE_SIZE = 0.05
-WIDER = 2  # how many times as large a norm's outputs are for gradients; without, ReLU6 hardly clips
+WIDER = 2  # the factor of a norm's outputs for gradients; without it ReLU6 clips almost nothing
 TRACED = 2  # steps of each mode whose kernels are added up
 OF_TORCHS = 0.05  # how far, as a share, a loss may be from torch's
 LATE = "over the time limit"

@@ -93,8 +93,7 @@ class CudaQueue:
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         graph = torch.cuda.CUDAGraph()
-        # The outer block leaves the stream even where the capture fails, after which the inner
-        # one does not.
+        # torch.cuda.graph does not leave its stream where a capture fails; the outer block does.
         with torch.cuda.stream(stream):
             call()  # compiles and allocates, which a capture must not
             with torch.cuda.graph(graph, stream=stream):
@@ -132,8 +131,7 @@ class GpuTurn:
     ):
         self.queue = queue or cuda_queue()
         self.runs_a_launch = GRAPH_RUNS if graph else 1
-        # A graph knows addresses alone. `call` holds the tensors that are there; without them their
-        # memory would go to others, or back to the driver, and the graph would still write to it.
+        # A graph stores addresses alone, so `call` is kept to keep its tensors alive.
         self.call = call
         self.launch = self.queue.capture(call, GRAPH_RUNS) if graph else call
         self.clears_cache = not graph

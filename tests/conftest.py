@@ -122,7 +122,7 @@ def reason_to_leave_out(item) -> str | None:
 
 
 def pytest_runtest_setup(item):
-    """What a process keeps for later tensors is memory that a huge test lacks."""
+    """Frees the memory that torch caches before and after a huge test, which may need it."""
     if tiers.is_huge(item.nodeid):
         gc.collect()
         torch.cuda.empty_cache()

@@ -71,7 +71,7 @@ class Writer:
         self.count = len(self.before)
 
     def still_holds(self, row: dict) -> bool:
-        """Whether the test passed with the very sources of now. Without git nobody can tell."""
+        """Whether the test passed with the sources as they are now. Without git nobody can tell."""
         known = self.commit and not self.commit.endswith("-dirty")
         return bool(known and row["commit"] == self.commit and row["outcome"] == "passed")
 

@@ -31,8 +31,8 @@ VECTOR, TILE, COLUMNS = 16, 4096, 128
 def sizes_and_offsets(dtype: torch.dtype) -> Iterator[tuple[int, int]]:
     """The edges: ends of a vector, of a mask byte and of a tile, and three tiles with a tail.
 
-    A tail is done element by element, wherever it begins. A full tile is not: for every alignment
-    there is a kernel, and an offset that gets it.
+    A tail is done element by element, wherever it begins. Full tiles use vector accesses: each
+    alignment has a kernel of its own, and one of the offsets selects it.
     """
     vector, tile = VECTOR // dtype.itemsize, TILE // dtype.itemsize
     for size in sorted({0, 1, vector - 1, vector, vector + 1, 7, 8, 9, tile - 1}):
@@ -62,7 +62,7 @@ def run(case, dtype: torch.dtype, size: int, offset: int) -> None:
 
 
 def run_matrices(cases, dtype: torch.dtype, columns: int, offset: int) -> int:
-    """What is mirrored or has weights, on channels side by side and one behind the other.
+    """What is mirrored or has weights, with contiguous channels and with contiguous columns.
 
     There are five channels, or so many that they take two tiles beside each other; each has a
     weight, or all have one. Returns how many tensors that were.

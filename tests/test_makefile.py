@@ -133,6 +133,17 @@ def test_what_is_complete_is_not_run_again(make):
         assert [each for each in made.lines if each.startswith(line)]
 
 
+@pytest.mark.parametrize(("outcome", "status"), [("passed", 0), ("failed", 2), ("error", 2)])
+def test_tests_that_failed_before_fail_again(make, tmp_path, outcome, status):
+    make("gpu-test")
+    (tmp_path / "results" / "tests.csv").write_text(
+        f"test,outcome,seconds,error,commit\na.py::test,{outcome},0.1,,abc\n"
+    )
+    made = make("gpu-test")
+    assert made.status == status
+    assert ("gpu-test: FAILED, as that file says" in made.lines) == (status != 0)
+
+
 def test_a_file_of_another_commit_is_said_to_be_one(make, tmp_path):
     make("gpu-speed")
     said = "gpu-speed: results/speed.csv is there already{}; remove it to run gpu-speed again"

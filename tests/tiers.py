@@ -45,9 +45,9 @@ def mark_overlapping(items) -> None:
 def repeated(items, paired) -> list:
     """The cases of each parametrized test that show nothing which no other case of it shows.
 
-    The others are so many that every combination of the parameters `paired` comes by, so every row
-    in every way to compute it, and every value of the other parameters at least once. They are
-    drawn as if at random, so that rows meet different values.
+    The cases that stay cover every combination of the parameters `paired`, so every row in every
+    way to compute it, and every value of the other parameters. They are drawn as if at random, so
+    that rows meet different values.
     """
     by_function, found = collections.defaultdict(list), []
     for item in items:
