@@ -627,18 +627,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_time_limit(parser, "90 on a GPU, with --compiled 240; none on a CPU")
 
 
-def chosen_networks(arguments: argparse.Namespace) -> list[str]:
-    """Those that were asked for and can be built; says why the others cannot."""
-    large = models.COMPILED if arguments.compiled else models.DEFAULT
-    asked = list(dict.fromkeys(arguments.networks or (models.QUICK if arguments.quick else large)))
-    reasons = {name: NETWORKS[name].unavailable() for name in asked}
+def available(what: str, asked: Sequence[str], choices: dict[str, Network | Mode]) -> list[str]:
+    """Those of the names `asked` that can run here; says why the others cannot."""
+    reasons = {name: choices[name].unavailable() for name in asked}
     for name, reason in reasons.items():
         if reason is not None:
             print(f"without {name}: {reason}")
     found = [name for name in asked if reasons[name] is None]
     if not found:
-        environment.refuse(f"none of the networks can run here: {', '.join(asked)}")
+        environment.refuse(f"none of the {what} can run here: {', '.join(asked)}")
     return found
+
+
+def chosen_networks(arguments: argparse.Namespace) -> list[str]:
+    """Those that were asked for and can be built; says why the others cannot."""
+    large = models.COMPILED if arguments.compiled else models.DEFAULT
+    asked = list(dict.fromkeys(arguments.networks or (models.QUICK if arguments.quick else large)))
+    return available("networks", asked, NETWORKS)
 
 
 def chosen_modes(arguments: argparse.Namespace) -> list[str]:
@@ -650,14 +655,7 @@ def chosen_modes(arguments: argparse.Namespace) -> list[str]:
     if not set(asked) <= set(takes_part):
         got = ", ".join(name for name in asked if name not in takes_part)
         environment.refuse(f"--compiled takes the modes {', '.join(takes_part)}, got {got}")
-    reasons = {name: MODES[name].unavailable() for name in asked}
-    for name, reason in reasons.items():
-        if reason is not None:
-            print(f"without {name}: {reason}")
-    found = [name for name in asked if reasons[name] is None]
-    if not found:
-        environment.refuse(f"none of the modes can run here: {', '.join(asked)}")
-    return found
+    return available("modes", asked, MODES)
 
 
 def time_limit(arguments: argparse.Namespace) -> float:

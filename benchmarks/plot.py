@@ -325,7 +325,10 @@ def small_tensors(rows: list[dict]) -> Figure:
 def draw_microseconds(figure: Figure, lines: list[tuple[str, str, int, str]]) -> Figure:
     """Args: lines: what was computed, by which provider, of how many elements, in how many ms."""
     ops = list(dict.fromkeys(op for op, *_ in lines))
-    panels = figure.subplots(2, (len(ops) + 1) // 2, sharex=True, sharey=True, squeeze=False)
+    columns = min(4, (len(ops) + 1) // 2)
+    lines_of_panels = -(-len(ops) // columns)
+    figure.set_figheight(0.8 + 1.9 * lines_of_panels)
+    panels = figure.subplots(lines_of_panels, columns, sharex=True, sharey=True, squeeze=False)
     for op, axes in zip(ops, panels.flat):
         for provider, style in STYLES.items():
             found = [(x, 1000 * float(ms)) for of, by, x, ms in lines if (of, by) == (op, provider)]

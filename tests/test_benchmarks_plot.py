@@ -93,6 +93,19 @@ def test_picture_of_graphs():
         plot.speed_in_graphs(rows[3:])
 
 
+def test_many_graphs_are_at_most_four_beside_each_other():
+    fields = {"gpu": "H200", "api": "kernel", "launch": "graph", "bound": "device"}
+    rows = [
+        speed_row("cuda", 0.001, activation=name, direction=direction, **fields)
+        for name in ("mish", "swish", "relu6", "prelu", "crelu")
+        for direction in ("forward", "backward")
+    ]
+    figure = plot.speed_in_graphs(rows)
+    assert [axes.get_title() for axes in figure.axes][:2] == ["mish forward", "mish backward"]
+    assert len(figure.axes) == 10
+    assert figure.axes[0].get_gridspec().get_geometry() == (3, 4)
+
+
 def test_picture_of_small_tensors():
     rows = [
         {"section": "small", "op": f"{op} 2^{size}", "provider": provider, "ms": ms}
